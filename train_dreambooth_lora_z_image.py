@@ -1,0 +1,2125 @@
+#!/usr/bin/env python
+# ruff: noqa: E402
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.13.0",
+#     "diffusers>=0.42.1",
+#     "transformers>=5.24.0",
+#     "peft>=0.21.2",
+#     "accelerate>=1.15.0",
+#     "torchao>=0.18.0",
+#     "bitsandbytes>=0.50.2",
+#     "prodigyopt>=1.1.2",
+#     "wandb>=0.31.0",
+#     "huggingface_hub>=2.4.0",
+#     "Pillow>=13.0.0",
+# ]
+# ///
+"""Teach Z-Image a new subject or style from a handful of pictures: DreamBooth with LoRA, in one file.
+
+    python train_dreambooth_lora_z_image.py --demo                                   # a tiny model, no download, no GPU
+    accelerate launch train_dreambooth_lora_z_image.py --instance_data_dir=dog --instance_prompt="a photo of sks dog" \\
+        --pretrained_model_name_or_path=Tongyi-MAI/Z-Image --gradient_checkpointing --cache_latents
+    accelerate launch train_dreambooth_lora_z_image.py --config OUTPUT_DIR/config.json --resume_from_checkpoint latest
+
+The file is read from top to bottom; a section uses only what stands above it.
+
+    Config                  every flag, one line each; refuses what cannot work
+    Data plan               pictures, captions, buckets, the order of the examples; `check_inputs`
+    Encoders and caches     prompts and pictures become embeddings and latents, once, on disk; `Batch`
+    Transformer and LoRA    the frozen model and what is trained in it
+    Objective               flow matching, as pure functions; `training_loss`
+    Training                `train`: the loop; learning rate, checkpoints, resume
+    Sampling                class pictures and validation, from the live model
+    Artefacts               the LoRA file, the model card
+    Demo                    a tiny random checkpoint and drawn pictures
+    Main                    the table of contents
+
+Data flows one way, the config is frozen, and every random choice is a function of (seed, number of the example), so a
+run repeats exactly, however often it is interrupted and on however many processes it runs.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import types
+import typing
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from PIL import Image, ImageDraw, ImageOps
+from tqdm.auto import tqdm
+
+
+# ======================================================================================================================
+# Config
+# ======================================================================================================================
+
+
+class UserError(ValueError):
+    """Say what the user can mend: one sentence that names the flag or the file, and the remedy."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Refuse with a sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+def say(text: str) -> None:
+    """Print for a person, from the first process only, without tearing a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stdout)
+
+
+def flag(default: Any, help: str, *aliases: str) -> Any:
+    """One setting: its default, its line of help and its other names."""
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model"""
+
+    pretrained_model_name_or_path: str | None = flag(None, "Z-Image checkpoint: a diffusers folder or a name on the hub. Required.")
+    max_sequence_length: int = flag(512, "Prompts are cut after this many tokens, the chat template included.")
+
+    def check(self) -> None:
+        """Refuse a run without a model."""
+        require(
+            self.pretrained_model_name_or_path is not None,
+            "--pretrained_model_name_or_path is required: a folder or a hub name such as Tongyi-MAI/Z-Image "
+            "(or try --demo, which needs no model)",
+        )
+        require(self.max_sequence_length >= 1, f"--max_sequence_length must be at least 1, got {self.max_sequence_length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data"""
+
+    instance_data_dir: str | None = flag(None, "Folder with the pictures to learn, searched recursively.")
+    instance_prompt: str | None = flag(None, "Prompt of every picture without a caption of its own.")
+    dataset_name: str | None = flag(None, "Hub dataset or local dataset folder, instead of --instance_data_dir.")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several.")
+    image_column: str = flag("image", "Column of the dataset with the pictures.")
+    caption_column: str | None = flag(None, "Column of the dataset with the captions.")
+    repeats: int = flag(1, "How often every instance picture appears in one epoch.")
+    resolution: int = flag(1024, "Side of the square pictures are cropped to, a multiple of 16; sets the area of automatic buckets.")
+    aspect_ratio_buckets: str | None = flag(None, "Explicit buckets 'height,width;height,width;...'; replaces --resolution.")
+    use_aspect_ratio_buckets: bool = flag(False, "Make buckets of about resolution x resolution pixels; never enlarges a picture.")
+    center_crop: bool = flag(False, "Crop the middle instead of a fresh random place every time.")
+    random_flip: bool = flag(False, "Mirror half of the examples.")
+    with_prior_preservation: bool = flag(False, "Alternate with pictures of the class, so that the class is not forgotten.")
+    class_data_dir: str | None = flag(None, "Folder of class pictures; missing ones are generated into it.")
+    class_prompt: str | None = flag(None, "Prompt of the class pictures.")
+    num_class_images: int = flag(100, "Generate until there are this many class pictures; all there are will be used.")
+    sample_batch_size: int = flag(4, "Class pictures generated at a time, per process.")
+    prior_generation_precision: Literal["bf16", "fp32", "no", "fp16"] = flag("bf16", "Precision for generating class pictures; 'no' is fp32, fp16 is refused.")
+
+    def check(self) -> None:
+        """Refuse contradictory sources, impossible sizes and half a prior preservation."""
+        require(
+            (self.instance_data_dir is None) != (self.dataset_name is None),
+            "give the pictures with --instance_data_dir or with --dataset_name, one of the two",
+        )
+        require(
+            self.caption_column is None or self.dataset_name is not None,
+            "--caption_column belongs to --dataset_name; beside pictures in a folder use NAME.txt or metadata.jsonl",
+        )
+        require(self.repeats >= 1, f"--repeats must be at least 1, got {self.repeats}")
+        require(
+            self.resolution >= 16 and self.resolution % 16 == 0,
+            f"--resolution must be a positive multiple of 16, got {self.resolution}; "
+            f"the nearest is {max(16, round(self.resolution / 16) * 16)}",
+        )
+        if self.aspect_ratio_buckets is not None:
+            parse_buckets(self.aspect_ratio_buckets)
+        if self.with_prior_preservation:
+            require(self.class_data_dir is not None, "--with_prior_preservation needs --class_data_dir, a folder for class pictures")
+            require(self.class_prompt is not None, '--with_prior_preservation needs --class_prompt, such as "a photo of dog"')
+        require(self.num_class_images >= 1, f"--num_class_images must be at least 1, got {self.num_class_images}")
+        require(self.sample_batch_size >= 1, f"--sample_batch_size must be at least 1, got {self.sample_batch_size}")
+        require(self.prior_generation_precision != "fp16", NO_FP16.format("--prior_generation_precision"))
+
+
+NO_FP16 = "{} fp16 is refused: Z-Image overflows in fp16 and gives NaN or black pictures; use bf16, or no for fp32"
+
+
+def parse_buckets(text: str) -> list[tuple[int, int]]:
+    """Read 'height,width;height,width;...'. Raises UserError for anything else and for sides that 16 does not divide."""
+    buckets = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        numbers = re.fullmatch(r"(\d+)\s*,\s*(\d+)", part)
+        require(numbers is not None, f"--aspect_ratio_buckets: {part!r} is not 'height,width'; separate buckets by semicolons")
+        height, width = int(numbers[1]), int(numbers[2])
+        require(
+            height % 16 == 0 and width % 16 == 0 and height > 0 and width > 0,
+            f"--aspect_ratio_buckets: both sides must be positive multiples of 16, got {height},{width}",
+        )
+        buckets.append((height, width))
+    require(bool(buckets), "--aspect_ratio_buckets is empty; write 'height,width;height,width' or leave it out")
+    return buckets
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Caches"""
+
+    cache_dir: str | None = flag(None, "Folder for downloads and encodings. Default: the Hugging Face home.")
+    cache_latents: bool = flag(False, "Encode every picture once, before training, and free the VAE; crops are centred then.")
+
+    def check(self) -> None:
+        """Accept everything: the folder is made when it is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """LoRA"""
+
+    rank: int = flag(16, "Rank r of the update matrices.")
+    lora_alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: rank.")
+    lora_dropout: float = flag(0.0, "Probability of dropping an input of the update during training.")
+    lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, full names or blocks, separated by commas.")
+
+    def check(self) -> None:
+        """Refuse sizes that give no update."""
+        require(self.rank >= 1, f"--rank must be at least 1, got {self.rank}")
+        require(self.lora_alpha is None or self.lora_alpha > 0, f"--lora_alpha must be above 0, got {self.lora_alpha}")
+        require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor alpha / rank by which the update counts."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Objective"""
+
+    weighting_scheme: Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"] = flag("logit_normal", "How noise levels are drawn (logit_normal, mode) or weighted (sigma_sqrt, cosmap); none is uniform.")
+    logit_mean: float = flag(0.0, "Mean of logit_normal; above 0 means more noise.")
+    logit_std: float = flag(1.0, "Standard deviation of logit_normal.")
+    mode_scale: float = flag(1.29, "Scale of mode.")
+    timestep_shift: str = flag("1", "Shift s of the noise levels, s * sigma / (1 + (s - 1) * sigma); 'scheduler' takes the checkpoint's.")
+    prior_loss_weight: float = flag(1.0, "Weight of a class picture beside an instance picture.")
+
+    def check(self) -> None:
+        """Refuse a shift that is no positive number and spreads below zero."""
+        require(
+            self.timestep_shift == "scheduler" or (is_number(self.timestep_shift) and 0 < float(self.timestep_shift) < math.inf),
+            f"--timestep_shift takes a number above 0 or 'scheduler', got {self.timestep_shift!r}",
+        )
+        require(self.logit_std > 0, f"--logit_std must be above 0, got {self.logit_std}")
+        require(self.prior_loss_weight >= 0, f"--prior_loss_weight must not be negative, got {self.prior_loss_weight}")
+
+
+def is_number(text: str) -> bool:
+    """Tell whether `float` can read a text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer"""
+
+    optimizer: Literal["adamw", "prodigy"] = flag("adamw", "Optimizer, in any case; prodigy finds its own rate and wants --learning_rate 1.")
+    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.")
+    adam_beta1: float = flag(0.9, "First moment's decay, also of Prodigy.")
+    adam_beta2: float = flag(0.999, "Second moment's decay, also of Prodigy.")
+    adam_weight_decay: float = flag(1e-4, "Weight decay, also of Prodigy.")
+    adam_epsilon: float = flag(1e-8, "Added to the denominator, also of Prodigy.")
+    prodigy_beta3: float | None = flag(None, "Decay of Prodigy's step size estimate. Default: the root of beta2.")
+    prodigy_decouple: bool = flag(True, "Decoupled weight decay in Prodigy.")
+    prodigy_use_bias_correction: bool = flag(True, "Adam's bias correction in Prodigy.")
+    prodigy_safeguard_warmup: bool = flag(True, "Keep a warm-up from spoiling Prodigy's estimate.")
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"] = flag("constant", "Course of the learning rate, as in diffusers.")
+    lr_warmup_steps: int = flag(0, "Optimizer steps until the full rate; not for constant and piecewise_constant.")
+    lr_num_cycles: int = flag(1, "Cycles of cosine_with_restarts.")
+    lr_power: float = flag(1.0, "Power of polynomial.")
+    lr_step_rules: str | None = flag(None, "Rules of piecewise_constant, such as '1:100,0.1:200,0.01': factor:until_step, last factor.")
+    text_encoder_lr: float | None = flag(None, "Accepted for old commands; the text encoder is not trained.")
+    adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for old commands; the text encoder is not trained.")
+
+    def check(self) -> None:
+        """Refuse rates and norms that cannot train, and rules without their schedule."""
+        require(self.learning_rate > 0, f"--learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"--{name} must lie in [0, 1), got {getattr(self, name)}")
+        require(self.adam_weight_decay >= 0, f"--adam_weight_decay must not be negative, got {self.adam_weight_decay}")
+        require(self.adam_epsilon > 0, f"--adam_epsilon must be above 0, got {self.adam_epsilon}")
+        require(self.max_grad_norm > 0, f"--max_grad_norm must be above 0, got {self.max_grad_norm}")
+        require(self.lr_warmup_steps >= 0, f"--lr_warmup_steps must not be negative, got {self.lr_warmup_steps}")
+        require(self.lr_num_cycles >= 1, f"--lr_num_cycles must be at least 1, got {self.lr_num_cycles}")
+        require(
+            (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None),
+            "--lr_scheduler piecewise_constant and --lr_step_rules need each other",
+        )
+        require(
+            self.lr_step_rules is None or re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", self.lr_step_rules) is not None,
+            f"--lr_step_rules reads 'factor:until_step,...,last_factor', such as 1:100,0.1; got {self.lr_step_rules!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training"""
+
+    seed: int = flag(0, "Every random choice follows from it.")
+    max_train_steps: int | None = flag(None, "Optimizer steps; overrides --num_train_epochs. Default, without epochs: 1500.")
+    num_train_epochs: int | None = flag(None, "Epochs; one shows every sample once.")
+    train_batch_size: int = flag(1, "Pictures per process in one forward pass.")
+    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.", "--gradient_accumulation")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: far less memory, about a third slower.")
+    mixed_precision: Literal["bf16", "no", "fp16"] = flag("bf16", "Precision of the frozen weights and of the maths; 'no' is fp32, fp16 is refused.")
+    checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints; there is always one after the last step.")
+    checkpoints_total_limit: int | None = flag(None, "Keep at most this many checkpoints, the newest.")
+    resume_from_checkpoint: str | None = flag(None, "Continue from 'latest' or from a checkpoint folder.")
+    local_rank: int | None = flag(None, "Accepted for old commands; launchers set it in the environment.")
+
+    def check(self) -> None:
+        """Refuse counts below one and fp16."""
+        for name in (
+            "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps",
+            "checkpointing_steps", "checkpoints_total_limit",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
+        require(self.mixed_precision != "fp16", NO_FP16.format("--mixed_precision"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation"""
+
+    validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each in quotes, drawn before, during and after training.")
+    final_validation_prompt: str | None = flag(None, "Prompt drawn after training only; not used beside --validation_prompt.")
+    num_validation_images: int = flag(4, "Pictures per prompt.")
+    validation_epochs: int = flag(50, "Epochs between two validations.")
+    validation_steps: int | None = flag(None, "Optimizer steps between two validations, instead of epochs.")
+    guidance_scale: float = flag(4.0, "Classifier-free guidance for pictures; 0 turns it off, as Turbo wants.")
+    negative_prompt: str = flag("", "What guidance moves away from.")
+    num_inference_steps: int = flag(28, "Denoising steps per picture.")
+    validation_resolution: int | None = flag(None, "Side of validation pictures. Default: --resolution.")
+    skip_final_inference: bool = flag(False, "No pictures after the last step.")
+
+    def check(self) -> None:
+        """Refuse counts below one and sizes the model cannot draw."""
+        for name in ("num_validation_images", "validation_epochs", "validation_steps", "num_inference_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
+        require(self.guidance_scale >= 0, f"--guidance_scale must not be negative, got {self.guidance_scale}")
+        side = self.validation_resolution
+        require(side is None or (side >= 16 and side % 16 == 0), f"--validation_resolution must be a positive multiple of 16, got {side}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Output"""
+
+    output_dir: str = flag("z-image-dreambooth-lora", "Folder for the LoRA, checkpoints, pictures and metrics.")
+    overwrite_output_dir: bool = flag(False, "Remove what an earlier run of this program left in --output_dir.")
+    upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of the training precision.")
+    report_to: str = flag("none", "Trackers accelerate knows, separated by commas: wandb, tensorboard, ..., or all.")
+    demo: bool = flag(False, "Make a tiny random model and drawn pictures under --output_dir and train on them.")
+
+    def check(self) -> None:
+        """Accept everything: the folder itself is looked at in `check_inputs`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    ModelConfig, DataConfig, CacheConfig, LoraSettings, ObjectiveConfig, OptimizerConfig, TrainingConfig, ValidationConfig, OutputConfig
+):  # fmt: skip
+    """LoRA DreamBooth fine-tuning of Z-Image."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the flags, before anything is loaded."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            require(matches(value, hint), f"--{name} does not take {value!r}; it takes {describe_type(hint)}")
+        for group in Config.__bases__:
+            group.check(self)
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Tell whether a value has the type of a field; what argparse checks by itself, JSON files and notebooks do not."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(matches(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) > 0 and all(matches(item, options[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def describe_type(hint: Any) -> str:
+    """Name a type as a user would: 'int', 'bf16, no or fp16', 'str or None'."""
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)).replace(" | None", "") if isinstance(hint, type) else str(hint).replace(" | ", " or ")
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """Build the `Config` from the command line; `--config run.json` supplies defaults that flags override."""
+    parser = argparse.ArgumentParser(
+        description=Config.__doc__,
+        usage="accelerate launch %(prog)s [--config FILE] [--flag VALUE ...]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", type=Path, help="JSON of settings, such as an earlier run's config.json")
+    for group in Config.__bases__:
+        section, hints = parser.add_argument_group(group.__doc__), typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            names = (f"--{field.name}", *field.metadata["aliases"])
+            section.add_argument(*names, **argparse_options(field, hints[field.name]))
+    try:
+        if parser.parse_known_args(argv)[0].demo:
+            parser.set_defaults(**demo_settings("z-image-demo"))
+            parser.set_defaults(**demo_settings(parser.parse_known_args(argv)[0].output_dir))
+        file = parser.parse_known_args(argv)[0].config
+        if file is not None:
+            parser.set_defaults(**read_settings(file))
+        values = vars(parser.parse_args(argv))
+        del values["config"]
+        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except UserError as error:
+        parser.error(str(error))
+
+
+def argparse_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """Translate one typed dataclass field into keyword arguments of `ArgumentParser.add_argument`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = typing.get_args(hint)[0]  # `X | None`: the flag takes an X, leaving it out means None
+    if hint is bool:
+        options = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+    elif typing.get_origin(hint) is Literal:
+        options = {"type": str.lower, "choices": typing.get_args(hint)}
+    elif typing.get_origin(hint) is tuple:
+        options = {"type": str, "nargs": "+", "metavar": "STR"}
+    else:
+        options = {"type": hint, "metavar": hint.__name__.upper()}
+    default = "" if field.default in (None, "") else f" [{field.default}]"
+    return options | {"default": field.default, "help": (field.metadata["help"] + default).replace("%", "%%")}
+
+
+def parse_bool(text: str) -> bool:
+    """Read true or false: `--flag` alone means true, `--flag false` turns off a flag that is on by default."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read a saved config.json, less the record of its environment. Raises UserError if it is none."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {file} cannot be read as JSON: {error}") from error
+    require(isinstance(settings, dict), f"--config {file} must hold one JSON object of settings")
+    settings.pop("environment", None)
+    unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(Config)})
+    require(not unknown, f"--config {file} has settings that do not exist: {', '.join(unknown)}")
+    return settings
+
+
+def demo_settings(output_dir: str) -> dict[str, Any]:
+    """The small numbers of `--demo`; flags given beside it win."""
+    return {
+        "demo": True,
+        "output_dir": output_dir,
+        "pretrained_model_name_or_path": f"{output_dir}/demo-model",
+        "instance_data_dir": f"{output_dir}/demo-pictures",
+        "cache_dir": f"{output_dir}/demo-cache",
+        "instance_prompt": "a photo of sks badge",
+        "validation_prompt": ("a sks badge on a green table", "绿色桌子上的sks徽章"),
+        "resolution": 64,
+        "use_aspect_ratio_buckets": True,
+        "cache_latents": True,
+        "random_flip": True,
+        "rank": 4,
+        "learning_rate": 1e-3,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 40,
+        "checkpointing_steps": 20,
+        "validation_steps": 20,
+        "num_validation_images": 2,
+        "num_inference_steps": 6,
+    }
+
+
+def advice(cfg: Config) -> list[str]:
+    """List one line for every setting that is accepted but does nothing, or does not do what its name suggests."""
+    old = [name for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank") if getattr(cfg, name) is not None]
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    lines = {
+        f"{', '.join('--' + name for name in old)}: accepted, but without effect, here as ever": bool(old),
+        f"--lr_scheduler {cfg.lr_scheduler} has no warm-up: --lr_warmup_steps {cfg.lr_warmup_steps} has no effect; "
+        "take --lr_scheduler constant_with_warmup": cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"),
+        f"--learning_rate {cfg.learning_rate} is low for Prodigy, which scales it by an estimate of its own; 1.0 is usual":
+            cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1,
+        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation":
+            not cfg.with_prior_preservation and (cfg.class_data_dir, cfg.class_prompt) != (None, None),
+        "--final_validation_prompt is not used beside --validation_prompt": None not in (cfg.validation_prompt, cfg.final_validation_prompt),
+        "--cache_latents: every picture is cropped at its centre" + " and cached with its mirror image" * cfg.random_flip: cfg.cache_latents,
+        f"accelerate's configuration asks for {launcher}; --mixed_precision {cfg.mixed_precision} is what counts":
+            launcher not in ("no", cfg.mixed_precision),
+    }  # fmt: skip
+    return [line for line, applies in lines.items() if applies]
+
+
+def sha256(content: bytes) -> str:
+    """Hash bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def derive_seed(*parts: Any) -> int:
+    """Turn (seed, purpose, number, ...) into a seed of 63 bits: a pure function, the source of all randomness here."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or not there: temporary name, sync, rename. The one writer of this program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ======================================================================================================================
+# Data plan
+# ======================================================================================================================
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+CAPTION_SUFFIXES = (".txt", ".caption")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as the run will use it; sides are (height, width) in pixels."""
+
+    path: Path
+    size: tuple[int, int]
+    bucket: tuple[int, int]
+    prompt: str
+    has_caption: bool
+    is_prior: bool
+    digest: str = ""  # SHA-256 of the file, known once it has been decoded
+
+
+class Draw(NamedTuple):
+    """One example of the endless stream: its place in it, and which sample it shows."""
+
+    number: int
+    sample: int
+
+
+def find_files(folder: Path) -> list[Path]:
+    """List the regular files below a folder in sorted order, hidden files and folders left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark. Raises UserError if it is in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it again as UTF-8") from error
+
+
+def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
+    """Read the captions of one metadata.jsonl, relative to its folder. Raises UserError for a picture that is not there."""
+    captions = {}
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            picture = Path(os.path.normpath(file.parent / row["file_name"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f'{file}, line {number} is not a JSON object with "file_name"; mend or remove the line') from error
+        require(picture in pictures, f"{file}, line {number} names {row['file_name']}, which is no picture in that folder; mend or remove the line")
+        caption = next((row[key] for key in ("text", "caption", "prompt") if isinstance(row.get(key), str)), None)
+        if caption is not None:
+            captions[picture] = caption.strip()
+    return captions
+
+
+def read_caption(picture: Path, metadata: dict[Path, str]) -> str | None:
+    """Find a picture's own caption: NAME.txt, else NAME.caption, else metadata.jsonl."""
+    for suffix in CAPTION_SUFFIXES:
+        beside = picture.with_suffix(suffix)
+        if beside.is_file():
+            return read_text(beside).strip()
+    return metadata.get(picture)
+
+
+def read_size(path: Path) -> tuple[int, int] | None:
+    """Read (height, width) from a picture's header, EXIF rotation applied; None if Pillow cannot."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
+    except Exception:  # Pillow's readers raise almost anything on damaged files
+        return None
+
+
+def load_picture(path: Path) -> Image.Image:
+    """Decode the first frame to upright 8-bit RGB, transparency over white. Raises whatever Pillow does on damage."""
+    with Image.open(path) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits in 32
+        upright = upright.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    elif upright.mode == "F":
+        brightest = upright.getextrema()[1]
+        upright = upright.point(lambda value: value * (255 if brightest <= 1 else 1) + 0.5).convert("L")
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    white = Image.new("RGBA", upright.size, "white")
+    white.alpha_composite(upright.convert("RGBA"))
+    return white.convert("RGB")
+
+
+def make_buckets(resolution: int) -> list[tuple[int, int]]:
+    """Make (height, width) pairs of at most resolution x resolution pixels, from 1:4 over the square to 4:1."""
+    step = max(16, resolution // 16 // 16 * 16)
+    short_sides = range(resolution, resolution // 2 - 1, -step)
+    pairs = [(short, resolution * resolution // short // 16 * 16) for short in short_sides if short >= 16]
+    return list(dict.fromkeys(pair for short, long in pairs for pair in ((short, long), (long, short))))
+
+
+def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """Pick the bucket of the nearest aspect ratio on a logarithmic scale; among equals, of the nearest area."""
+    height, width = size
+    return min(
+        buckets,
+        key=lambda bucket: (
+            round(abs(math.log(height / width) - math.log(bucket[0] / bucket[1])), 9),
+            abs(math.log(height * width) - math.log(bucket[0] * bucket[1])),
+        ),
+    )
+
+
+def choose_bucket(size: tuple[int, int], cfg: DataConfig) -> tuple[int, int] | None:
+    """Assign a picture to its bucket; automatic buckets shrink until they fit inside it, None if none does."""
+    if cfg.aspect_ratio_buckets is not None:
+        return nearest_bucket(size, parse_buckets(cfg.aspect_ratio_buckets))
+    if not cfg.use_aspect_ratio_buckets:
+        return (cfg.resolution, cfg.resolution)
+    for resolution in range(cfg.resolution, 0, -16):
+        bucket = nearest_bucket(size, make_buckets(resolution))
+        if bucket[0] <= size[0] and bucket[1] <= size[1]:
+            return bucket
+    return None
+
+
+class Scan(NamedTuple):
+    """What a folder holds: usable samples, pictures that are not, other files."""
+
+    samples: list[Sample]
+    unreadable: list[Path]
+    others: list[Path]
+
+
+def scan_pictures(folder: Path, prompt: str | None, is_prior: bool, cfg: DataConfig) -> Scan:
+    """Read headers and captions of all pictures below a folder. Raises UserError for a caption that is bad or missing."""
+    files = find_files(folder)
+    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    metadata: dict[Path, str] = {}
+    for file in files:
+        if file.name == "metadata.jsonl":
+            metadata |= read_metadata(file, set(pictures))
+    samples, unreadable, without = [], [], []
+    for path in pictures:
+        size = read_size(path)
+        bucket = size and choose_bucket(size, cfg)
+        if bucket is None:
+            unreadable.append(path)
+            continue
+        caption = read_caption(path, metadata)
+        if caption is None and prompt is None:
+            without.append(path)
+        samples.append(Sample(path, size, bucket, prompt if caption is None else caption, caption is not None, is_prior))
+    require(not without, f"--instance_prompt is required: {without and without[0]} has no caption ({len(without)} of {len(pictures)} pictures)")
+    known = {*IMAGE_SUFFIXES, *CAPTION_SUFFIXES}
+    return Scan(samples, unreadable, [path for path in files if path.suffix.lower() not in known and path.name != "metadata.jsonl"])
+
+
+def scan_instances(folder: Path, cfg: DataConfig) -> Scan:
+    """Scan the instance pictures. Raises UserError if there is nothing to learn from."""
+    origin = f"--instance_data_dir {folder}" if cfg.dataset_name is None else f"--dataset_name {cfg.dataset_name}"
+    require(folder.is_dir(), f"{origin} does not exist or is no folder; name the folder that holds the pictures")
+    scan = scan_pictures(folder, cfg.instance_prompt, False, cfg)
+    require(
+        bool(scan.samples),
+        f"{origin} holds no picture that can be read"
+        + (f" ({len(scan.unreadable)} are damaged or too small)" if scan.unreadable else "")
+        + f"; it needs at least one of {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}",
+    )
+    return scan
+
+
+def scan_classes(cfg: DataConfig) -> Scan:
+    """Scan the class pictures there are so far; none without prior preservation."""
+    if not cfg.with_prior_preservation or not Path(cfg.class_data_dir).is_dir():
+        return Scan([], [], [])
+    return scan_pictures(Path(cfg.class_data_dir), cfg.class_prompt, True, cfg)
+
+
+def encodings_folder(cfg: CacheConfig) -> Path:
+    """Locate the folder of cached encodings: below `--cache_dir`, else below the Hugging Face home."""
+    from huggingface_hub import constants
+
+    return Path(cfg.cache_dir or constants.HF_HOME) / "z-image-encodings"
+
+
+def cache_file(folder: Path, kind: str, *ingredients: Any) -> Path:
+    """Name a cache file after everything its content depends on, so that changed ingredients cannot hit."""
+    return folder / kind / f"{sha256(json.dumps(ingredients).encode())}.safetensors"
+
+
+def verify_pictures(samples: list[Sample], folder: Path) -> list[Sample]:
+    """Decode every new picture once, remembering good ones by content; damaged ones are left out with a warning."""
+    good = []
+    for sample in samples:
+        digest = sha256(sample.path.read_bytes())
+        seen = cache_file(folder, "decoded", digest)
+        if not seen.exists():
+            try:
+                load_picture(sample.path)
+            except Exception as error:  # as in read_size
+                say(f"warning: {sample.path} is damaged and will be left out: {error}")
+                continue
+            write_file(seen, b"")
+        good.append(dataclasses.replace(sample, digest=digest))
+    return good
+
+
+def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
+    """Decide which pictures the run uses, and how. Raises UserError if no instance picture is left."""
+    instances, classes = scan_instances(instance_folder, cfg), scan_classes(cfg)
+    for scan in (instances, classes):
+        if scan.others:
+            say(f"no pictures, left alone: {', '.join(path.name for path in scan.others[:10])}{', ...' * (len(scan.others) > 10)}")
+        for path in scan.unreadable:
+            say(f"warning: {path} cannot be read as a picture, or is too small for any bucket, and will be left out")
+    samples = verify_pictures([*instances.samples, *classes.samples], encodings_folder(cfg))
+    require(
+        any(not sample.is_prior for sample in samples),
+        f"every picture in {instance_folder} is damaged; export them again from their source",
+    )
+    return in_order(samples)
+
+
+def in_order(samples: list[Sample]) -> list[Sample]:
+    """Sort samples, since the stream draws them by their place in the list."""
+    return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))
+
+
+def plan_class_images(cfg: DataConfig, samples: list[Sample]) -> list[Sample]:
+    """Name the class pictures that are still to be generated; empty without prior preservation."""
+    if not cfg.with_prior_preservation:
+        return []
+    missing = max(0, cfg.num_class_images - sum(sample.is_prior for sample in samples))
+    names = (Path(cfg.class_data_dir) / f"class-{number:05d}.png" for number in itertools.count())
+    size = (cfg.resolution, cfg.resolution)
+    new = itertools.islice((path for path in names if not path.exists()), missing)
+    return [Sample(path, size, choose_bucket(size, cfg), cfg.class_prompt, has_caption=False, is_prior=True) for path in new]
+
+
+def export_dataset(cfg: Config) -> Path:
+    """Write the pictures and captions of `--dataset_name` into a folder, so that the rest of the program sees only folders."""
+    import datasets
+
+    cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
+    try:
+        splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
+    except Exception as error:  # every loader raises its own; the text is what helps
+        raise UserError(f"--dataset_name {cfg.dataset_name} cannot be loaded: {error}") from error
+    table = splits["train"] if "train" in splits else next(iter(splits.values()))
+    for name, column in (("image_column", cfg.image_column), ("caption_column", cfg.caption_column)):
+        require(column is None or column in table.column_names, f"--{name} {column} is no column of the dataset; it has {', '.join(table.column_names)}")
+    try:
+        pictures = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
+    except Exception as error:
+        raise UserError(f"--image_column {cfg.image_column} of the dataset holds no pictures: {error}") from error
+    captions = table[cfg.caption_column] if cfg.caption_column else itertools.repeat(None)
+    names = [f"{number:06d}-{sha256(picture_bytes(picture))[:16]}.png" for number, picture in enumerate(pictures)]
+    rows = [{"file_name": name, "text": caption} for name, caption in zip(names, captions)]
+    metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    folder = encodings_folder(cfg) / "datasets" / sha256(metadata)
+    for name, picture in zip(names, pictures):
+        if not (folder / name).exists():
+            write_file(folder / name, picture_bytes(picture))
+    write_file(folder / "metadata.jsonl", metadata)
+    return folder
+
+
+def picture_bytes(picture: dict[str, Any]) -> bytes:
+    """Read an undecoded picture of a dataset: inline bytes, else a file."""
+    return picture["bytes"] or Path(picture["path"]).read_bytes()
+
+
+def endless(indices: list[int], kind: str, seed: int) -> Iterator[int]:
+    """Yield the indices epoch after epoch, each time in a fresh order that follows from the seed alone."""
+    for epoch in itertools.count():
+        yield from random.Random(derive_seed(seed, kind, epoch)).sample(indices, len(indices))
+
+
+def example_stream(samples: list[Sample], cfg: Config) -> Iterator[Draw]:
+    """Yield the endless sequence of examples; with prior preservation, instance and class pictures in turn."""
+    instances = [index for index, sample in enumerate(samples) if not sample.is_prior]
+    classes = [index for index, sample in enumerate(samples) if sample.is_prior]
+    draws = endless(instances * cfg.repeats, "instance order", cfg.seed)
+    if classes:
+        draws = itertools.chain.from_iterable(zip(draws, endless(classes, "class order", cfg.seed)))
+    return (Draw(number, sample) for number, sample in enumerate(draws))
+
+
+def micro_batches(samples: list[Sample], cfg: Config, size: int) -> Iterator[list[Draw]]:
+    """Group the stream into batches of one bucket: a queue per bucket, which leaves when it is `size` long."""
+    queues: dict[tuple[int, int], list[Draw]] = collections.defaultdict(list)
+    for draw in example_stream(samples, cfg):
+        queue = queues[samples[draw.sample].bucket]
+        queue.append(draw)
+        if len(queue) == size:
+            yield queue[:]
+            queue.clear()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers that follow from config, data and the count of processes; a step is one optimizer step."""
+
+    micro_batch: int  # pictures of all processes in one forward pass
+    total_batch: int  # pictures in one step
+    epoch_examples: int
+    max_train_steps: int
+    validation_interval: int  # examples between two validations
+    timestep_shift: float
+
+    def epoch(self, step: int) -> float:
+        """Tell how many epochs the first `step` steps have covered."""
+        return step * self.total_batch / self.epoch_examples
+
+    def is_validation_step(self, step: int) -> bool:
+        """Tell whether pictures are due after `step` steps: at the start, and when an interval has been completed."""
+        done, before = step * self.total_batch, (step - 1) * self.total_batch
+        return step == 0 or done // self.validation_interval > before // self.validation_interval
+
+
+def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, scheduler_shift: float) -> Schedule:
+    """Compute the run's arithmetic once."""
+    micro_batch = cfg.train_batch_size * num_processes
+    total_batch = micro_batch * cfg.gradient_accumulation_steps
+    instances = sum(not sample.is_prior for sample in samples) * cfg.repeats
+    epoch_examples = instances * (2 if cfg.with_prior_preservation else 1)
+    by_epochs = math.ceil((cfg.num_train_epochs or 0) * epoch_examples / total_batch)
+    by_steps = cfg.validation_steps and cfg.validation_steps * total_batch
+    return Schedule(
+        micro_batch=micro_batch,
+        total_batch=total_batch,
+        epoch_examples=epoch_examples,
+        max_train_steps=cfg.max_train_steps or by_epochs or 1500,
+        validation_interval=by_steps or cfg.validation_epochs * epoch_examples,
+        timestep_shift=scheduler_shift if cfg.timestep_shift == "scheduler" else float(cfg.timestep_shift),
+    )
+
+
+def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> collections.Counter[int]:
+    """Count how often this run will show each sample, by replaying the stream."""
+    batches = micro_batches(samples, cfg, schedule.micro_batch)
+    shown = itertools.islice(batches, schedule.max_train_steps * cfg.gradient_accumulation_steps)
+    return collections.Counter(draw.sample for batch in shown for draw in batch)
+
+
+def starved_buckets(samples: list[Sample], schedule: Schedule) -> list[tuple[int, int]]:
+    """List the buckets with fewer pictures than a micro-batch takes; they fill over several epochs."""
+    counts = collections.Counter(sample.bucket for sample in samples)
+    return [bucket for bucket, count in counts.items() if count < schedule.micro_batch]
+
+
+def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
+    """Tell what the run will do, as lines of a table. Raises UserError for a bucket that would never be trained."""
+    views, covers_epoch = count_views(samples, cfg, schedule), schedule.epoch(schedule.max_train_steps) >= 1
+    lines = [f"{'bucket (h x w)':>15} {'pictures':>9} {'of class':>9} {'own caption':>12} {'repeats':>8} {'each seen':>12}  smallest"]
+    for bucket in sorted({sample.bucket for sample in samples}):
+        indices = [index for index, sample in enumerate(samples) if sample.bucket == bucket]
+        members, counts = [samples[index] for index in indices], [views[index] for index in indices]
+        require(
+            not covers_epoch or max(counts) > 0,
+            f"the bucket {bucket[0]},{bucket[1]} never fills a batch of {schedule.micro_batch} in this run, so "
+            f"{', '.join(sorted(str(sample.path) for sample in members)[:5])} would not be trained; lower --train_batch_size "
+            "(and raise --gradient_accumulation_steps), use fewer buckets, or train longer",
+        )
+        seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        classes, captions = sum(sample.is_prior for sample in members), sum(sample.has_caption for sample in members)
+        smallest = "{} x {}".format(*min((sample.size for sample in members), key=math.prod))
+        lines.append(
+            f"{bucket[0]:>7} x {bucket[1]:<5} {len(members):>9} {classes:>9} {captions:>12} {cfg.repeats:>8} {seen:>12}  {smallest}"
+        )
+    enlarged = [sample for sample in samples if sample.size[0] < sample.bucket[0] or sample.size[1] < sample.bucket[1]]
+    if enlarged:
+        lines.append(f"{len(enlarged)} pictures are smaller than their bucket and will be enlarged, {enlarged[0].path} among them")
+    if not covers_epoch:
+        lines.append("the run is shorter than one epoch: not every picture will be seen")
+    lines += [
+        f"bucket {bucket[0]} x {bucket[1]} has fewer pictures than one batch of {schedule.micro_batch} and waits for the next "
+        "epochs to fill it; a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
+        for bucket in starved_buckets(samples, schedule)
+    ]
+    return [*lines, describe_schedule(cfg, schedule), *describe_validation(cfg, schedule)]
+
+
+def describe_schedule(cfg: Config, schedule: Schedule) -> str:
+    """Tell the length of the run in steps, examples and epochs."""
+    steps, processes = schedule.max_train_steps, schedule.micro_batch // cfg.train_batch_size
+    return (
+        f"{steps:,} steps x {schedule.total_batch} examples (batch {cfg.train_batch_size} x {processes} processes x "
+        f"{cfg.gradient_accumulation_steps} accumulated) = {steps * schedule.total_batch:,} examples = "
+        f"{schedule.epoch(steps):,.1f} epochs of {schedule.epoch_examples}"
+    )
+
+
+def describe_validation(cfg: Config, schedule: Schedule) -> list[str]:
+    """Tell how often pictures are drawn and what share of the run they take, counted in forward passes per pixel."""
+    steps = range(schedule.max_train_steps)
+    times = sum(schedule.is_validation_step(step) for step in steps) if cfg.validation_prompt else 0
+    final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
+    pictures = len(cfg.validation_prompt or [None]) * cfg.num_validation_images
+    passes = (times + final) * pictures * cfg.num_inference_steps * (2 if cfg.guidance_scale > 0 else 1)
+    work = passes * ((cfg.validation_resolution or cfg.resolution) / cfg.resolution) ** 2
+    training = schedule.max_train_steps * schedule.total_batch * (4 if cfg.gradient_checkpointing else 3)
+    line = (
+        f"validation: {times + final} times {pictures} pictures of {cfg.num_inference_steps} steps = {passes:,} forward passes, "
+        f"about {100 * work / (work + training):.0f} % of the run's work"
+    )
+    return [line] if passes else []
+
+
+RUN_FILES = ("pytorch_lora_weights.safetensors", "config.json", "metrics.jsonl", "README.md")
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """List the complete checkpoints of a run, oldest first; other names are not ours and are left alone."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in folders if (path / "state.json").is_file()), key=lambda path: int(path.name[11:]))
+
+
+def find_checkpoint(cfg: Config) -> Path | None:
+    """Resolve `--resume_from_checkpoint`: a folder anywhere, or the newest one of this run; None starts afresh."""
+    if cfg.resume_from_checkpoint is None:
+        return None
+    if cfg.resume_from_checkpoint == "latest":
+        return next(reversed(list_checkpoints(Path(cfg.output_dir))), None)
+    for folder in (Path(cfg.resume_from_checkpoint), Path(cfg.output_dir, cfg.resume_from_checkpoint)):
+        if (folder / "state.json").is_file():
+            return folder
+    raise UserError(
+        f"--resume_from_checkpoint {cfg.resume_from_checkpoint} is no checkpoint of this program (it has no state.json); "
+        "name a folder checkpoint-N, or 'latest'"
+    )
+
+
+def check_output(cfg: Config) -> None:
+    """Refuse an output folder that is a file or holds another run."""
+    output = Path(cfg.output_dir)
+    for path in (output, *output.parents):
+        require(not path.exists() or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
+    find_checkpoint(cfg)
+    held = (output / RUN_FILES[0]).exists() or bool(list_checkpoints(output))
+    require(
+        not held or cfg.resume_from_checkpoint is not None or cfg.overwrite_output_dir or (cfg.demo and is_demo_run(output)),
+        f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest, replace it with "
+        "--overwrite_output_dir, or name another folder",
+    )
+
+
+def is_demo_run(output: Path) -> bool:
+    """Tell whether the run in a folder was made by `--demo`."""
+    file = output / "config.json"
+    return file.is_file() and read_settings(file).get("demo") is True
+
+
+def check_model(cfg: ModelConfig) -> None:
+    """Refuse a name that is neither a complete checkpoint folder nor a possible hub name."""
+    name = cfg.pretrained_model_name_or_path
+    if Path(name).exists():
+        check_components(Path(name))
+        return
+    require(
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith("."),
+        f"--pretrained_model_name_or_path {name} does not exist, and is no hub name such as Tongyi-MAI/Z-Image either",
+    )
+
+
+def check_components(model: Path) -> None:
+    """Refuse a checkpoint folder that lacks a component, or a shard of one, naming what is missing."""
+    advice = "download the checkpoint again, whole, or name another folder in --pretrained_model_name_or_path"
+    require(model.is_dir(), f"{model} is a file; --pretrained_model_name_or_path takes a folder in the diffusers format")
+    files = {
+        "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
+        "text_encoder": "config.json", "vae": "config.json", "transformer": "config.json",
+    }  # fmt: skip
+    for component, file in files.items():
+        require((model / component / file).is_file(), f"{model} has no {component}/{file}; {advice}")
+        if file == "config.json":
+            require(any((model / component).glob("*.safetensors")), f"{model}/{component} has no weights (*.safetensors); {advice}")
+        for index in (model / component).glob("*.safetensors.index.json"):
+            shards = set(json.loads(read_text(index))["weight_map"].values())
+            missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
+            require(not missing, f"{model}/{component} lacks {', '.join(missing)}; {advice}")
+
+
+def check_packages(cfg: Config) -> None:
+    """Refuse settings whose optional package is not installed, with the line that installs it."""
+    needed = {"datasets": cfg.dataset_name is not None, "prodigyopt": cfg.optimizer == "prodigy"}
+    needed |= {name: name in cfg.report_to.split(",") for name in ("wandb", "tensorboard")}
+    for package, is_needed in needed.items():
+        require(not is_needed or importlib.util.find_spec(package) is not None, f"{package} is not installed; pip install {package}")
+
+
+def check_inputs(cfg: Config) -> None:
+    """Refuse folders, captions, pictures and environments that cannot work; needs Pillow only, changes nothing."""
+    require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
+    check_packages(cfg)
+    check_output(cfg)
+    check_model(cfg)
+    if cfg.instance_data_dir is not None:
+        scan_instances(Path(cfg.instance_data_dir), cfg)
+    scan_classes(cfg)
+
+
+def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
+    """Run a part of the program; an error that the user can mend ends it with its sentence, not with a traceback."""
+    try:
+        conductor(cfg)
+    except (UserError, FloatingPointError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when pasted into a notebook cell
+if RUN_AS_SCRIPT:
+    CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once
+    if not CONFIG.demo:  # whose inputs are still to be made
+        run_or_exit(check_inputs, CONFIG)
+
+logging.disable(logging.WARNING)  # torchao and diffusers report kernels and tensors that nobody here asked for
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    free_memory,
+)
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import ModelCardData, snapshot_download
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+logging.disable(logging.NOTSET)
+for library in (transformers.logging, diffusers_logging):
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+
+
+# ======================================================================================================================
+# Encoders and caches
+# ======================================================================================================================
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
+ENCODING_VERSION = 1  # raise it when the same ingredients begin to give other encodings
+
+
+class Example(NamedTuple):
+    """One example on its way to a batch."""
+
+    seed: int
+    image: Tensor  # latents (16, h, w) from the cache, else pixels (3, H, W)
+    prompt_embeds: Tensor  # (L, 2560)
+    is_prior: bool
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one process, on its device."""
+
+    seeds: list[int]  # of the noise and the noise level of each example
+    latents: Tensor  # (B, 16, h, w) in fp32
+    prompt_embeds: list[Tensor]  # B of (L_i, 2560)
+    is_prior: Tensor  # (B,) of bool
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Where encodings lie on disk; each name is a hash of everything that its content depends on."""
+
+    folder: Path
+    text_encoder: tuple[Any, ...]
+    vae: tuple[Any, ...]
+
+    def prompt(self, prompt: str) -> Path:
+        """Name the file with a prompt's embedding (L, 2560)."""
+        return cache_file(self.folder, "prompts", *self.text_encoder, prompt)
+
+    def latents(self, sample: Sample, is_flipped: bool) -> Path:
+        """Name the file with the latents (16, h, w) of a picture cropped at its centre."""
+        return cache_file(self.folder, "latents", *self.vae, sample.digest, sample.bucket, "centre", is_flipped)
+
+
+def find_model(cfg: Config, accelerator: Accelerator) -> Path:
+    """Resolve the checkpoint to a local folder, downloading it on the first process if it is a hub name."""
+    name = cfg.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    parts = [f"{part}/*" for part in ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")]
+    with accelerator.main_process_first():
+        try:
+            model = Path(snapshot_download(name, cache_dir=cfg.cache_dir, allow_patterns=["model_index.json", *parts]))
+        except Exception as error:  # the hub client's errors are many; their first line helps
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--pretrained_model_name_or_path {name} is no folder here and cannot be downloaded: {reason}") from error
+    check_components(model)
+    return model
+
+
+def file_digest(path: Path, folder: Path) -> str:
+    """Hash a large file, remembering the result by path, size and time of change."""
+    status = path.stat()
+    memo = cache_file(folder, "digests", str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if not memo.exists():
+        with open(path, "rb") as file:
+            write_file(memo, hashlib.file_digest(file, "sha256").hexdigest().encode())
+    return memo.read_text()
+
+
+def identify(component: Path, folder: Path) -> list[str]:
+    """Identify a component of the checkpoint by the content of its files."""
+    files = [path for path in find_files(component) if path.suffix in (".safetensors", ".json", ".jinja", ".txt")]
+    return [f"{path.name} {file_digest(path, folder)}" for path in files]
+
+
+def identify_encodings(cfg: Config, model: Path, accelerator: Accelerator) -> Encodings:
+    """Collect what prompts and pictures are encoded with; hashes the encoders' files when they are new."""
+    folder = encodings_folder(cfg)
+    with accelerator.main_process_first():
+        text_encoder = [*identify(model / "tokenizer", folder), *identify(model / "text_encoder", folder)]
+        vae = identify(model / "vae", folder)
+    return Encodings(
+        folder=folder,
+        text_encoder=(ENCODING_VERSION, text_encoder, cfg.max_sequence_length, cfg.mixed_precision),
+        vae=(ENCODING_VERSION, vae, cfg.mixed_precision),
+    )
+
+
+class TextEncoder(NamedTuple):
+    """Qwen3 without its last layer, and its tokenizer."""
+
+    tokenizer: Any
+    model: nn.Module
+
+
+def load_text_encoder(model: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+    """Load what prompts are encoded with.
+
+    Z-Image reads `hidden_states[-2]`, which needs neither the last layer nor the final norm: both are left out, and
+    the shortened model's last hidden state is that tensor.
+    """
+    config = Qwen3Config.from_pretrained(model / "text_encoder")
+    config.num_hidden_layers -= 1
+    if config.layer_types is not None:
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    text_encoder = Qwen3Model.from_pretrained(model / "text_encoder", config=config, dtype=dtype)
+    text_encoder.norm = nn.Identity()
+    return TextEncoder(AutoTokenizer.from_pretrained(model / "tokenizer"), text_encoder.eval().to(device))
+
+
+@torch.no_grad()
+def encode_prompt(encoder: TextEncoder, prompt: str, max_sequence_length: int) -> Tensor:
+    """Encode one prompt at its true length, as `ZImagePipeline.encode_prompt` does; says what is cut off. -> (L, 2560)"""
+    chat = encoder.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    tokens = encoder.tokenizer(chat).input_ids
+    if len(tokens) > max_sequence_length:
+        lost = encoder.tokenizer.decode(tokens[max_sequence_length:])
+        say(f"warning: a prompt has {len(tokens)} tokens, --max_sequence_length is {max_sequence_length}; cut off: {lost[:200]!r}")
+    input_ids = torch.tensor([tokens[:max_sequence_length]], device=encoder.model.device)  # (1, L)
+    return encoder.model(input_ids=input_ids).last_hidden_state[0]
+
+
+def load_vae(model: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+    """Load the VAE."""
+    return AutoencoderKL.from_pretrained(model / "vae", torch_dtype=dtype).eval().to(device)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Encode pixels in [-1, 1] to the most probable latents, scaled as the transformer knows them. (B, 3, H, W) -> (B, 16, h, w)"""
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+class Augmentation(NamedTuple):
+    """How one example differs from its picture."""
+
+    is_flipped: bool
+    centering: tuple[float, float]  # place of the crop, from left (0) to right (1) and from top to bottom
+
+
+CENTRE = (0.5, 0.5)
+
+
+def draw_augmentation(cfg: Config, number: int) -> Augmentation:
+    """Draw the flip and the crop of the `number`-th example."""
+    chance = random.Random(derive_seed(cfg.seed, "augmentation", number))
+    is_flipped, centering = chance.random() < 0.5, (chance.random(), chance.random())
+    return Augmentation(is_flipped and cfg.random_flip, CENTRE if cfg.center_crop else centering)
+
+
+def load_pixels(sample: Sample, augmentation: Augmentation) -> Tensor:
+    """Load a picture scaled to cover its bucket, cropped and perhaps mirrored. -> (3, H, W) in [-1, 1]"""
+    height, width = sample.bucket
+    picture = ImageOps.fit(
+        load_picture(sample.path), (width, height), Image.Resampling.LANCZOS, centering=augmentation.centering
+    )
+    if augmentation.is_flipped:
+        picture = ImageOps.mirror(picture)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def share_of(items: list[Any], accelerator: Accelerator) -> list[Any]:
+    """Take every n-th item for this process, after all processes have seen the same list."""
+    accelerator.wait_for_everyone()
+    return items[accelerator.process_index :: accelerator.num_processes]
+
+
+def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **options: int) -> tqdm:
+    """Show a bar on the first process while items are worked through."""
+    return tqdm(items, desc=title, disable=not accelerator.is_main_process, dynamic_ncols=True, **options)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whose bytes depend on its content only.
+
+    safetensors 0.8 writes its `__metadata__` in random order, so the header is sorted and padded to 8 bytes again.
+    """
+    content = serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if "__metadata__" in header:
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_file(path, len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def fill_prompts_cache(prompts: list[str], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
+    """Encode the prompts that are not on disk yet; the text encoder is loaded only then, and freed before returning."""
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not encodings.prompt(prompt).exists()]
+    if not missing:
+        say(f"prompts: all {len(set(prompts))} come from the cache, the text encoder is not loaded")
+    mine = share_of(missing, accelerator)
+    if mine:
+        encoder = load_text_encoder(model, DTYPES[cfg.mixed_precision], accelerator.device)
+        for prompt in progress_bar(mine, "encoding prompts", accelerator):
+            save_tensors(encodings.prompt(prompt), {"prompt_embeds": encode_prompt(encoder, prompt, cfg.max_sequence_length)})
+        del encoder
+        free_memory()
+    accelerator.wait_for_everyone()
+
+
+def fill_latents_cache(samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
+    """Encode the pictures that are not on disk yet, with their mirror images if wanted; the VAE is loaded only then."""
+    wanted = [(sample, is_flipped) for sample in samples for is_flipped in (False, True)[: 1 + cfg.random_flip]]
+    missing = [job for job in wanted if not encodings.latents(*job).exists()]
+    if not missing:
+        say(f"latents: all {len(wanted)} come from the cache, the VAE is not loaded for training")
+    mine = share_of(missing, accelerator)
+    if mine:
+        vae = load_vae(model, DTYPES[cfg.mixed_precision], accelerator.device)
+        for sample, is_flipped in progress_bar(mine, "encoding pictures", accelerator):
+            pixels = load_pixels(sample, Augmentation(is_flipped, CENTRE))
+            save_tensors(encodings.latents(sample, is_flipped), {"latents": encode_images(vae, pixels[None])[0]})
+        del vae
+        free_memory()
+    accelerator.wait_for_everyone()
+
+
+class TrainingExamples(Dataset):
+    """Turns a `Draw` into an `Example`: a look-up that loads one picture or its latents, and one embedding, from disk."""
+
+    def __init__(self, samples: list[Sample], encodings: Encodings, cfg: Config) -> None:
+        self.samples, self.encodings, self.cfg = samples, encodings, cfg
+
+    def __getitem__(self, draw: Draw) -> Example:
+        sample, augmentation = self.samples[draw.sample], draw_augmentation(self.cfg, draw.number)
+        if self.cfg.cache_latents:
+            image = load_file(self.encodings.latents(sample, augmentation.is_flipped))["latents"]
+        else:
+            image = load_pixels(sample, augmentation)
+        prompt_embeds = load_file(self.encodings.prompt(sample.prompt))["prompt_embeds"]
+        return Example(derive_seed(self.cfg.seed, "noise", draw.number), image, prompt_embeds, sample.is_prior)
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Put the examples of one bucket together; `latents` still holds pixels where the cache is not used."""
+    seeds, images, prompt_embeds, is_prior = zip(*examples)
+    return Batch(list(seeds), torch.stack(images), list(prompt_embeds), torch.tensor(is_prior))
+
+
+def make_batches(
+    samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator, first: int
+) -> Iterator[Batch]:
+    """Yield this process's slice of every micro-batch from the `first` on, without end, on the device."""
+    size, rank = cfg.train_batch_size, accelerator.process_index
+    batches = itertools.islice(micro_batches(samples, cfg, size * accelerator.num_processes), first, None)
+    loader = DataLoader(
+        TrainingExamples(samples, encodings, cfg),
+        batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
+        collate_fn=collate,
+        generator=torch.Generator(),  # else the loader would draw from the global one
+    )
+    vae = None if cfg.cache_latents else load_vae(model, DTYPES[cfg.mixed_precision], accelerator.device)
+    for batch in loader:
+        latents = batch.latents if vae is None else encode_images(vae, batch.latents)
+        yield Batch(
+            seeds=batch.seeds,
+            latents=latents.to(accelerator.device),
+            prompt_embeds=[embedding.to(accelerator.device) for embedding in batch.prompt_embeds],
+            is_prior=batch.is_prior.to(accelerator.device),
+        )
+
+
+# ======================================================================================================================
+# Transformer and LoRA
+# ======================================================================================================================
+
+LAYER_ALIASES = {  # names from diffusers' other transformers, which commands for Z-Image have inherited
+    "ff.net.0.proj": ("feed_forward.w1", "feed_forward.w3"),
+    "ff.net.2": ("feed_forward.w2",),
+}
+
+
+def load_transformer(model: Path, dtype: torch.dtype) -> ZImageTransformer2DModel:
+    """Load the frozen transformer to host memory."""
+    transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", torch_dtype=dtype)
+    return transformer.requires_grad_(False)
+
+
+def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
+    """Translate `--lora_layers` into the full names of linear layers, looked up in a model without weights.
+
+    A name stands for every layer that it is, that ends in it, or that lies inside it: `to_q`, `layers.10.attention`,
+    `layers.10.attention.to_q`. Raises UserError for a name that stands for nothing.
+    """
+    with torch.device("meta"):
+        empty = ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(model / "transformer"))
+    linear = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
+    wanted = [name.strip() for name in lora_layers.split(",") if name.strip()]
+    require(bool(wanted), "--lora_layers is empty; leave it out for the attention and feed-forward layers")
+    chosen = set()
+    for name in wanted:
+        parts = LAYER_ALIASES.get(name, (name,))
+        if name in LAYER_ALIASES:
+            say(f"--lora_layers: {name} means {' and '.join(parts)} in Z-Image")
+        hits = {layer for layer in linear for part in parts if f".{part}." in f".{layer}."}
+        endings = sorted({re.sub(r"^(\w+)\.\d+\.", r"\1.N.", layer) for layer in linear})
+        require(bool(hits), f"--lora_layers: no linear layer is called {name}; there are {', '.join(endings)}")
+        chosen |= hits
+    return [layer for layer in linear if layer in chosen]
+
+
+def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: LoraSettings, seed: int) -> list[nn.Parameter]:
+    """Add a LoRA in fp32 to the named layers, the same on every process; returns what is trained."""
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        r=cfg.rank,
+        lora_alpha=cfg.rank if cfg.lora_alpha is None else cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=layers,
+    )
+    transformer.add_adapter(settings)
+    cast_training_params(transformer, torch.float32)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def describe_lora(parameters: list[nn.Parameter], layers: list[str], cfg: LoraSettings) -> str:
+    """Tell how much is trained, and how strongly it counts."""
+    count = sum(parameter.numel() for parameter in parameters)
+    return (
+        f"LoRA: {count:,} trainable parameters in {len(layers)} layers, rank {cfg.rank}, "
+        f"effective scale alpha / rank = {cfg.lora_scale:g}"
+    )
+
+
+def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
+    """Collect the LoRA's tensors, named as in the bare transformer."""
+    return get_peft_model_state_dict(transformer)
+
+
+def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put tensors collected by `lora_state_dict` back."""
+    set_peft_model_state_dict(transformer, state)
+
+
+# ======================================================================================================================
+# Objective
+# ======================================================================================================================
+
+
+def sample_noise(seeds: list[int], shape: torch.Size) -> Tensor:
+    """Draw Gaussian noise, each example's from its own seed, the same on every device. -> (B, *shape)"""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards noise for a shift above 1, as FlowMatchEulerDiscreteScheduler does. (B,) -> (B,)"""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def sample_sigmas(seeds: list[int], cfg: ObjectiveConfig, shift: float) -> Tensor:
+    """Draw continuous noise levels, 1 being pure noise, each from its example's seed. -> (B,)
+
+    The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
+    a positive logit_mean therefore means more noise. The scheduler's smallest level, 1/1000, is the smallest here.
+    """
+    draws = [
+        compute_density_for_timestep_sampling(
+            cfg.weighting_scheme, 1, cfg.logit_mean, cfg.logit_std, cfg.mode_scale,
+            generator=torch.Generator().manual_seed(derive_seed(seed, "sigma")),
+        )
+        for seed in seeds
+    ]  # fmt: skip
+    return shift_sigmas(torch.cat(draws), shift).clamp(1e-3, 1.0)
+
+
+def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Move latents along the straight line to the noise. (B, 16, h, w), (B, 16, h, w), (B,) -> (B, 16, h, w)"""
+    sigmas = sigmas.view(-1, 1, 1, 1)
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def predict_velocity(transformer: nn.Module, noisy_latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]) -> Tensor:
+    """Speak Z-Image's dialect: lists instead of batches, a frame axis, time 1 - sigma, and the opposite sign."""
+    assert len(prompt_embeds) == len(noisy_latents), "the model pairs images with captions by zip and drops the surplus"
+    frames = list(noisy_latents.unsqueeze(2).unbind(0))  # B of (16, 1, h, w)
+    outputs = transformer(frames, 1 - sigmas, prompt_embeds, return_dict=False)[0]
+    return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
+
+
+def loss_weights(sigmas: Tensor, weighting_scheme: str) -> Tensor:
+    """Weigh each example by its noise level, as in Stable Diffusion 3. (B,) -> (B,)"""
+    return compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
+
+
+def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor) -> Tensor:
+    """Mean squared error, each image counted by its weight. (B, 16, h, w), (B, 16, h, w), (B,) -> scalar"""
+    per_image = (velocity.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return (image_weights * per_image).mean()
+
+
+def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, shift: float) -> Tensor:
+    """Take one forward pass: noise the latents, predict the velocity, compare it with the true one. -> scalar"""
+    latents = batch.latents  # (B, 16, h, w)
+    noise = sample_noise(batch.seeds, latents.shape[1:]).to(latents.device)  # (B, 16, h, w)
+    sigmas = sample_sigmas(batch.seeds, cfg, shift).to(latents.device)  # (B,)
+    noisy_latents = mix_noise(latents, noise, sigmas)  # (B, 16, h, w)
+    velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
+    target = noise - latents  # d noisy_latents / d sigma
+    prior_weights = torch.where(batch.is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
+    return flow_matching_loss(velocity, target, prior_weights * loss_weights(sigmas, cfg.weighting_scheme))
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+
+
+@dataclass
+class Progress:
+    """How far the run is, in optimizer steps."""
+
+    step: int = 0
+
+
+def train(
+    cfg: Config,
+    accelerator: Accelerator,
+    transformer: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    schedule: Schedule,
+    progress: Progress,
+) -> Iterator[dict[str, float]]:
+    """Run the loop, yielding metrics after every optimizer step; saving and sampling happen at the caller's.
+
+    Raises FloatingPointError, before the weights move, when the loss or the gradient is not finite.
+    """
+    learning_rate_at = make_learning_rate(cfg, schedule)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    transformer.train()
+    while progress.step < schedule.max_train_steps:
+        started, losses = time.perf_counter(), []
+        for index, batch in enumerate(itertools.islice(batches, cfg.gradient_accumulation_steps)):
+            torch.manual_seed(derive_seed(cfg.seed, "dropout", progress.step, index, accelerator.process_index))
+            with accelerator.accumulate(transformer):
+                loss = training_loss(transformer, batch, cfg, schedule.timestep_shift)
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        grad_norm = float(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm))
+        refuse_nan(loss, grad_norm, progress.step + 1, cfg)
+        set_learning_rate(optimizer, learning_rate_at(progress.step))
+        optimizer.step()
+        optimizer.zero_grad()
+        lr = effective_learning_rate(optimizer)
+        progress.step += 1
+        seconds = time.perf_counter() - started
+        yield {"loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": round(seconds, 3)}
+
+
+def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make the optimizer over the LoRA's fp32 parameters."""
+    common = {
+        "lr": cfg.learning_rate,
+        "betas": (cfg.adam_beta1, cfg.adam_beta2),
+        "weight_decay": cfg.adam_weight_decay,
+        "eps": cfg.adam_epsilon,
+    }
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **common)
+    from prodigyopt import Prodigy
+
+    return Prodigy(
+        parameters,
+        **common,
+        beta3=cfg.prodigy_beta3,
+        decouple=cfg.prodigy_decouple,
+        use_bias_correction=cfg.prodigy_use_bias_correction,
+        safeguard_warmup=cfg.prodigy_safeguard_warmup,
+    )
+
+
+def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[int], float]:
+    """Make the learning rate a function of the optimizer step, with diffusers' schedules."""
+    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=cfg.learning_rate)
+    scheduler = get_scheduler(
+        cfg.lr_scheduler,
+        placeholder,
+        step_rules=cfg.lr_step_rules,
+        num_warmup_steps=cfg.lr_warmup_steps,
+        num_training_steps=schedule.max_train_steps,
+        num_cycles=cfg.lr_num_cycles,
+        power=cfg.lr_power,
+    )
+    return lambda step: cfg.learning_rate * scheduler.lr_lambdas[0](step)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of the next optimizer step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Read the rate of the last optimizer step; Prodigy multiplies it by its estimate d."""
+    group = optimizer.param_groups[0]
+    return group["lr"] * group.get("d", 1.0)
+
+
+def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
+    """Stop the run if its numbers are no longer finite, naming the last good checkpoint."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    checkpoints = list_checkpoints(Path(cfg.output_dir))
+    good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    raise FloatingPointError(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so the run stops before the weights move; {good}. "
+        "A lower --learning_rate is the usual remedy"
+    )
+
+
+def optimizer_tensors(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
+    """Name the tensors of an optimizer's state PARAMETER.NAME."""
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items() if torch.is_tensor(value)}
+
+
+def save_checkpoint(accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write checkpoint-N: the LoRA and the optimizer in fp32 as safetensors, the rest as JSON, whole or not at all."""
+    if accelerator.is_main_process:
+        output = Path(cfg.output_dir)
+        folder, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.{uuid.uuid4().hex}.tmp"
+        state = optimizer.state_dict()
+        scalars = {index: {name: value for name, value in entry.items() if not torch.is_tensor(value)} for index, entry in state["state"].items()}
+        save_tensors(temporary / "lora.safetensors", lora_state_dict(accelerator.unwrap_model(transformer)))
+        save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(state["state"]))
+        content = {"step": step, "optimizer_state": scalars, "param_groups": state["param_groups"], "settings": dataclasses.asdict(cfg)}
+        write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
+        sync(output / "metrics.jsonl")
+        sync(temporary)
+        remove_checkpoint(folder)
+        os.replace(temporary, folder)
+        sync(output)
+        for old in list_checkpoints(output)[: -(cfg.checkpoints_total_limit or sys.maxsize)]:
+            remove_checkpoint(old)
+    accelerator.wait_for_everyone()
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder written to the disk now."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, its name first, so that half of one is never taken for a whole."""
+    if folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+        os.replace(folder, temporary)
+        shutil.rmtree(temporary)
+
+
+def resume(accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put the LoRA, the optimizer and the metrics back to where the checkpoint left them; without one, to the start."""
+    checkpoint, step = find_checkpoint(cfg), 0
+    if checkpoint is not None:
+        content = json.loads(read_text(checkpoint / "state.json"))
+        step, state = content["step"], {int(index): entry for index, entry in content["optimizer_state"].items()}
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        load_lora(accelerator.unwrap_model(transformer), load_file(checkpoint / "lora.safetensors"))
+        optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
+        say(f"continuing from {checkpoint}, after step {step}")
+    elif cfg.resume_from_checkpoint is not None:
+        say(f"no checkpoint in {cfg.output_dir} yet: starting afresh")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", step)
+    return Progress(step)
+
+
+def cut_metrics(file: Path, step: int) -> None:
+    """Keep the metrics of the first `step` steps, so that continuing repeats none; a torn last line goes too."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    write_file(file, b"".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float], schedule: Schedule, step: int) -> None:
+    """Append one line to metrics.jsonl and tell the trackers."""
+    row = {"step": step, "epoch": round(schedule.epoch(step), 4), **metrics}
+    if accelerator.is_main_process:
+        with open(Path(cfg.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+
+
+# ======================================================================================================================
+# Sampling
+# ======================================================================================================================
+
+
+def make_pipeline(transformer: nn.Module, model: Path, dtype: torch.dtype, device: torch.device) -> ZImagePipeline:
+    """Put a transformer that is already on the device into the official pipeline, with a VAE and without a text encoder."""
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler"),
+        vae=load_vae(model, dtype, device),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_pictures(
+    pipeline: ZImagePipeline, prompts: list[str], seeds: list[int], side: int, encodings: Encodings, cfg: ValidationConfig
+) -> list[Image.Image]:
+    """Draw one square picture per prompt and seed from cached embeddings; the global random state is not touched."""
+    device, dtype = pipeline.device, pipeline.transformer.dtype
+    negative = [cfg.negative_prompt] * len(prompts) if cfg.guidance_scale > 0 else []
+    embeddings = [load_file(encodings.prompt(prompt))["prompt_embeds"].to(device, dtype) for prompt in prompts + negative]
+    return pipeline(
+        prompt_embeds=embeddings[: len(prompts)],
+        negative_prompt_embeds=embeddings[len(prompts) :],
+        height=side,
+        width=side,
+        num_inference_steps=cfg.num_inference_steps,
+        guidance_scale=cfg.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode a picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def generate_class_images(
+    missing: list[Sample], cfg: Config, model: Path, encodings: Encodings, accelerator: Accelerator
+) -> None:
+    """Draw the missing class pictures with the untrained model, each from its own name, split over the processes."""
+    mine = share_of(missing, accelerator)
+    if mine:
+        dtype = DTYPES[cfg.prior_generation_precision]
+        transformer = load_transformer(model, dtype).eval().to(accelerator.device)
+        pipeline = make_pipeline(transformer, model, dtype, accelerator.device)
+        groups = [mine[start : start + cfg.sample_batch_size] for start in range(0, len(mine), cfg.sample_batch_size)]
+        for group in progress_bar(groups, "generating class pictures", accelerator):
+            seeds = [derive_seed(cfg.seed, "class picture", sample.path.name) for sample in group]
+            pictures = draw_pictures(pipeline, [sample.prompt for sample in group], seeds, cfg.resolution, encodings, cfg)
+            for sample, picture in zip(group, pictures):
+                write_file(sample.path, png_bytes(picture))
+        del pipeline, transformer
+        free_memory()
+    accelerator.wait_for_everyone()
+
+
+def validation_prompts(cfg: ValidationConfig, is_final: bool) -> list[str]:
+    """List the prompts of one validation."""
+    if is_final and cfg.skip_final_inference:
+        return []
+    final = [cfg.final_validation_prompt] if is_final and cfg.final_validation_prompt is not None else []
+    return list(cfg.validation_prompt or final)
+
+
+def needed_prompts(samples: list[Sample], missing: list[Sample], cfg: ValidationConfig) -> list[str]:
+    """List the prompts the run will use; the negative one only if guidance will."""
+    drawn = [*validation_prompts(cfg, is_final=False), *validation_prompts(cfg, is_final=True), *(sample.prompt for sample in missing)]
+    negative = [cfg.negative_prompt] if drawn and cfg.guidance_scale > 0 else []
+    return [*(sample.prompt for sample in samples), *drawn, *negative]
+
+
+def validation_folder(cfg: OutputConfig, step: int) -> Path:
+    """Name the folder of the pictures drawn after `step` steps."""
+    return Path(cfg.output_dir) / "validation" / f"step-{step:06d}"
+
+
+def validate(
+    cfg: Config, accelerator: Accelerator, transformer: nn.Module, model: Path, encodings: Encodings, step: int, is_final: bool = False
+) -> None:
+    """Draw the validation pictures from the live transformer, split over the processes: PROMPT-IMAGE.png and sheet.png."""
+    prompts, folder = validation_prompts(cfg, is_final), validation_folder(cfg, step)
+    jobs = share_of([(prompt, image) for prompt in range(len(prompts)) for image in range(cfg.num_validation_images)], accelerator)
+    live = accelerator.unwrap_model(transformer).eval()
+    if jobs:
+        pipeline = make_pipeline(live, model, DTYPES[cfg.mixed_precision], accelerator.device)
+        side = cfg.validation_resolution or cfg.resolution
+        for prompt, image in jobs:
+            picture = draw_pictures(pipeline, [prompts[prompt]], [cfg.seed + image], side, encodings, cfg)[0]
+            write_file(folder / f"{prompt}-{image}.png", png_bytes(picture))
+        del pipeline
+        free_memory()
+    live.train()
+    accelerator.wait_for_everyone()
+    if prompts and accelerator.is_main_process:
+        pictures = [[Image.open(folder / f"{prompt}-{image}.png") for image in range(cfg.num_validation_images)] for prompt in range(len(prompts))]
+        write_file(folder / "sheet.png", png_bytes(make_sheet(pictures)))
+        log_pictures(accelerator, prompts, pictures, step)
+        say(f"step {step}: pictures in {folder}")
+
+
+def make_sheet(rows: list[list[Image.Image]]) -> Image.Image:
+    """Lay pictures out on one sheet, a row per prompt, each at most 512 pixels wide."""
+    side = min(512, rows[0][0].width)
+    sheet = Image.new("RGB", (side * len(rows[0]), side * len(rows)))
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side)), (column * side, row * side))
+    return sheet
+
+
+def log_pictures(accelerator: Accelerator, prompts: list[str], rows: list[list[Image.Image]], step: int) -> None:
+    """Show the pictures to the trackers that take them."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            sheet = torch.frombuffer(bytearray(make_sheet(rows).tobytes()), dtype=torch.uint8).view(*make_sheet(rows).size[::-1], 3)
+            tracker.writer.add_image("validation", sheet, step, dataformats="HWC")
+        if tracker.name == "wandb":
+            import wandb
+
+            pictures = [wandb.Image(picture, caption=prompt) for prompt, row in zip(prompts, rows) for picture in row]
+            tracker.log({"validation": pictures}, step=step)
+
+
+# ======================================================================================================================
+# Artefacts
+# ======================================================================================================================
+
+
+def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Fold alpha / rank into the matrices B, so that every loader applies the LoRA alike, and name them for diffusers."""
+    return {
+        f"transformer.{name}": (tensor.float() * (scale if ".lora_B." in name else 1)).to(dtype)
+        for name, tensor in state.items()
+    }
+
+
+def import_lora(exported: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Undo `export_lora`, up to the rounding of the file."""
+    return {
+        name.removeprefix("transformer."): tensor.float() / (scale if ".lora_B." in name else 1)
+        for name, tensor in exported.items()
+    }
+
+
+def lora_metadata(cfg: Config) -> dict[str, str]:
+    """Describe the LoRA in its header (modelspec 1.0.1), without dates and paths: equal content gives equal bytes."""
+    prompt = cfg.instance_prompt or ""
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "z-image/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"Z-Image LoRA {prompt}".strip(),
+        "modelspec.trigger_phrase": prompt,
+        "modelspec.resolution": f"{cfg.resolution}x{cfg.resolution}",
+    }
+
+
+def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module) -> Path:
+    """Write the LoRA file; the live model continues with the weights as the file holds them."""
+    file = Path(cfg.output_dir) / "pytorch_lora_weights.safetensors"
+    live = accelerator.unwrap_model(transformer)
+    dtype = torch.float32 if cfg.upcast_before_saving else DTYPES[cfg.mixed_precision]
+    exported = export_lora(lora_state_dict(live), cfg.lora_scale, dtype)
+    if accelerator.is_main_process:
+        save_tensors(file, exported, lora_metadata(cfg))
+    load_lora(live, import_lora(exported, cfg.lora_scale))
+    return file
+
+
+def save_config(cfg: Config) -> None:
+    """Write config.json: all settings, which `--config` replays, and the environment, which it does not."""
+    settings = dataclasses.asdict(cfg) | {"environment": describe_environment()}
+    write_file(Path(cfg.output_dir) / "config.json", json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def describe_environment() -> dict[str, str]:
+    """Record what else a repetition depends on: the script and the libraries."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "Pillow")
+    script = {"script_sha256": sha256(Path(__file__).read_bytes())} if "__file__" in globals() else {}
+    return script | {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def save_model_card(cfg: Config, schedule: Schedule) -> None:
+    """Write README.md: pictures, trigger prompt, how to use the LoRA, how it was made; no paths of this machine."""
+    is_local = Path(cfg.pretrained_model_name_or_path).exists()
+    base = None if is_local else cfg.pretrained_model_name_or_path
+    folder = validation_folder(cfg, schedule.max_train_steps)
+    prompts = validation_prompts(cfg, is_final=True)
+    files = [f"validation/{folder.name}/{prompt}-{image}.png" for prompt in range(len(prompts)) for image in range(cfg.num_validation_images)]
+    texts = [prompt for prompt in prompts for _ in range(cfg.num_validation_images)]
+    data = ModelCardData(
+        license="apache-2.0",
+        base_model=base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "lora", "z-image", "template:sd-lora"],
+        instance_prompt=cfg.instance_prompt,
+        widget=[{"text": text, "output": {"url": file}} for text, file in zip(texts, files)] or None,
+    )
+    snippet = CARD_SNIPPET.format(
+        base=base or "Tongyi-MAI/Z-Image",
+        prompt=json.dumps((prompts or [cfg.instance_prompt or ""])[0], ensure_ascii=False),
+        side=cfg.validation_resolution or cfg.resolution,
+        steps=cfg.num_inference_steps,
+        guidance=cfg.guidance_scale,
+        seed=cfg.seed,
+    )
+    names = (
+        "rank", "lora_layers", "resolution", "learning_rate", "optimizer", "lr_scheduler", "weighting_scheme", "timestep_shift",
+        "train_batch_size", "gradient_accumulation_steps", "with_prior_preservation", "mixed_precision", "seed",
+    )  # fmt: skip
+    rows = [f"| {name} | {getattr(cfg, name)} |" for name in names]
+    rows += [f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |", f"| steps | {schedule.max_train_steps} |"]
+    pictures = [f"![{text}]({file})".replace("\n", " ") for text, file in zip(texts, files)]
+    card = CARD.format(
+        prompt=cfg.instance_prompt or "(captions of their own)", pictures="\n".join(pictures), snippet=snippet, rows="\n".join(rows)
+    )
+    write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
+
+
+def describe_results(cfg: Config, file: Path) -> str:
+    """Tell where the results of the run are."""
+    pictures = f"\npictures  {Path(cfg.output_dir) / 'validation'}" * (Path(cfg.output_dir) / "validation").is_dir()
+    farewell = DEMO_FAREWELL.format(script=Path(sys.argv[0]).name) if cfg.demo else ""
+    return f"LoRA      {file}{pictures}\nmetrics   {Path(cfg.output_dir) / 'metrics.jsonl'}\n{farewell}".rstrip()
+
+
+CARD = """
+# Z-Image LoRA
+
+Trigger prompt: **{prompt}**
+
+{pictures}
+
+## Use it
+
+```python
+{snippet}
+```
+
+## How it was made
+
+DreamBooth with LoRA on Z-Image, by `train_dreambooth_lora_z_image.py`. All settings are in `config.json`.
+
+| setting | value |
+|---|---|
+{rows}
+"""
+
+CARD_SNIPPET = """
+import torch
+from diffusers import ZImagePipeline
+
+pipe = ZImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
+pipe.load_lora_weights("path/to/this/folder")
+image = pipe(
+    {prompt},
+    height={side},
+    width={side},
+    num_inference_steps={steps},
+    guidance_scale={guidance},
+    generator=torch.Generator().manual_seed({seed}),
+).images[0]
+image.save("output.png")
+""".strip()
+
+
+# ======================================================================================================================
+# Demo
+# ======================================================================================================================
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_demo_model(folder: Path) -> None:
+    """Write a random Z-Image checkpoint of all five components: byte-level text, 64 channels, two blocks, under 2 MB."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    torch.manual_seed(0)
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<|endoftext|>", eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    text_encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[8] * 4,
+        layers_per_block=1, latent_channels=16, norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+    )  # fmt: skip
+    transformer = ZImageTransformer2DModel(
+        dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=[8, 12, 12], axes_lens=[1024, 128, 128],
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    ZImagePipeline(
+        scheduler=scheduler, vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, transformer=transformer
+    ).save_pretrained(folder)
+
+
+def make_demo_pictures(folder: Path) -> None:
+    """Draw one subject, a badge, five times: other backgrounds, places, sizes and shapes of the picture."""
+    sizes = [(96, 96), (128, 96), (96, 128), (160, 120), (80, 80)]
+    for number, (background, (width, height)) in enumerate(zip(("navy", "white", "orange", "black", "green"), sizes)):
+        picture = Image.new("RGB", (width * 4, height * 4), background)
+        radius = min(width, height) * (1.1 + 0.1 * number)
+        left, top = width * 2 - radius + 4 * number, height * 2 - radius - 4 * number
+        box, draw = [left, top, left + 2 * radius, top + 2 * radius], ImageDraw.Draw(picture)
+        draw.pieslice(box, 90, 270, fill="red")
+        draw.pieslice(box, 270, 450, fill="yellow")
+        draw.ellipse(box, outline="gray", width=12)
+        write_file(folder / f"badge-{number}.png", png_bytes(picture.resize((width, height), Image.Resampling.LANCZOS)))
+
+
+def make_demo(cfg: Config, accelerator: Accelerator) -> None:
+    """Make the model and the pictures that `demo_settings` names; what the user named instead is left alone."""
+    if accelerator.is_main_process:
+        settings = demo_settings(cfg.output_dir)
+        make_demo_model(Path(settings["pretrained_model_name_or_path"]))
+        make_demo_pictures(Path(settings["instance_data_dir"]))
+    accelerator.wait_for_everyone()
+
+
+DEMO_FAREWELL = """
+That was a tiny random model. The real one, on a GPU, with a folder of your own pictures:
+
+accelerate launch {script} \\
+  --pretrained_model_name_or_path=Tongyi-MAI/Z-Image --instance_data_dir=dog --instance_prompt="a photo of sks dog" \\
+  --output_dir=trained-z-image-lora --gradient_checkpointing --cache_latents --max_train_steps=1500 \\
+  --validation_prompt="A photo of sks dog in a bucket"
+"""
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def make_accelerator(cfg: Config) -> Accelerator:
+    """Make the accelerator; the config alone decides about precision and accumulation."""
+    return Accelerator(
+        mixed_precision=cfg.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if cfg.report_to == "none" else cfg.report_to.split(","),
+        project_config=ProjectConfiguration(cfg.output_dir, logging_dir=str(Path(cfg.output_dir) / "logs")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+
+
+def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
+    """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
+    output = Path(cfg.output_dir)
+    if accelerator.is_main_process:
+        if cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None):
+            remove_run(output)
+        save_config(cfg)
+    accelerator.wait_for_everyone()
+    settings = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(cfg).items()}
+    accelerator.init_trackers("dreambooth-z-image-lora", config=settings)
+
+
+def remove_run(output: Path) -> None:
+    """Remove what an earlier run of this program wrote, and nothing else."""
+    for name in RUN_FILES:
+        (output / name).unlink(missing_ok=True)
+    pictures = [path for path in (output / "validation").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    for folder in (*list_checkpoints(output), *pictures):
+        shutil.rmtree(folder)
+
+
+def main(cfg: Config) -> Path:
+    """Run everything: config -> data plan -> caches -> model -> loop -> artefacts. Returns the LoRA file."""
+    accelerator = make_accelerator(cfg)
+    if cfg.demo:
+        make_demo(cfg, accelerator)
+    check_inputs(cfg)
+    for line in advice(cfg):
+        say(line)
+
+    model = find_model(cfg, accelerator)
+    layers = resolve_lora_layers(cfg.lora_layers, model)
+    with accelerator.main_process_first():
+        instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
+        samples = plan_samples(cfg, instance_folder)
+    missing = plan_class_images(cfg, samples)
+    scheduler_shift = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")["shift"]
+    schedule = make_schedule(cfg, samples, accelerator.num_processes, scheduler_shift)
+    for line in describe_plan([*samples, *missing], cfg, schedule):
+        say(line)
+    prepare_output(cfg, accelerator)
+
+    encodings = identify_encodings(cfg, model, accelerator)
+    fill_prompts_cache(needed_prompts(samples, missing, cfg), model, encodings, cfg, accelerator)
+    generate_class_images(missing, cfg, model, encodings, accelerator)
+    samples = in_order([*samples, *verify_pictures(missing, encodings.folder)])
+    if cfg.cache_latents:
+        fill_latents_cache(samples, model, encodings, cfg, accelerator)
+
+    transformer = load_transformer(model, DTYPES[cfg.mixed_precision])
+    parameters = add_lora(transformer, layers, cfg, cfg.seed)
+    say(describe_lora(parameters, layers, cfg))
+    if cfg.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    optimizer = make_optimizer(parameters, cfg)
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)  # neither batches nor learning rate: both are ours
+
+    progress = resume(accelerator, cfg, transformer, optimizer)
+    first = progress.step * cfg.gradient_accumulation_steps
+    batches = make_batches(samples, model, encodings, cfg, accelerator, first)
+    if progress.step == 0:
+        validate(cfg, accelerator, transformer, model, encodings, progress.step)
+    steps = train(cfg, accelerator, transformer, optimizer, batches, schedule, progress)
+    bar = progress_bar(steps, "training", accelerator, initial=progress.step, total=schedule.max_train_steps)
+    for metrics in bar:
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+        log_metrics(accelerator, cfg, metrics, schedule, progress.step)
+        is_last = progress.step == schedule.max_train_steps
+        if schedule.is_validation_step(progress.step) and not is_last:  # after the last step the file is sampled, below
+            validate(cfg, accelerator, transformer, model, encodings, progress.step)
+        if is_last or progress.step % cfg.checkpointing_steps == 0:
+            save_checkpoint(accelerator, cfg, transformer, optimizer, progress.step)
+
+    file = save_artefacts(accelerator, cfg, transformer)
+    validate(cfg, accelerator, transformer, model, encodings, progress.step, is_final=True)
+    if accelerator.is_main_process:
+        save_model_card(cfg, schedule)
+    accelerator.end_training()
+    say(describe_results(cfg, file))
+    return file
+
+
+if RUN_AS_SCRIPT:
+    run_or_exit(main, CONFIG)
