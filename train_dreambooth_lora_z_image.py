@@ -18,9 +18,9 @@
 # ///
 """Teach Z-Image a new subject or style from a handful of pictures: DreamBooth with LoRA, in one file.
 
-    python train_dreambooth_lora_z_image.py --demo                                   # a tiny model, no download, no GPU
-    accelerate launch train_dreambooth_lora_z_image.py --instance_data_dir=dog --instance_prompt="a photo of sks dog" \\
-        --pretrained_model_name_or_path=Tongyi-MAI/Z-Image --gradient_checkpointing --cache_latents
+    python train_dreambooth_lora_z_image.py --demo                                  # a tiny model, no download, no GPU
+    accelerate launch train_dreambooth_lora_z_image.py --pretrained_model_name_or_path=Tongyi-MAI/Z-Image \\
+        --instance_data_dir=dog --instance_prompt="a photo of sks dog" --gradient_checkpointing --cache_latents
     accelerate launch train_dreambooth_lora_z_image.py --config OUTPUT_DIR/config.json --resume_from_checkpoint latest
 
 The file is read from top to bottom; a section uses only what stands above it.
@@ -51,6 +51,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -70,9 +71,9 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Config
-# ======================================================================================================================
+# =====================================================================================================================
 
 
 class UserError(ValueError):
@@ -91,17 +92,41 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stdout)
 
 
-def flag(default: Any, help: str, *aliases: str) -> Any:
-    """One setting: its default, its line of help and its other names."""
-    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases})
+BOUNDS = {
+    "at_least": (operator.ge, "must be at least"),
+    "above": (operator.gt, "must be above"),
+    "below": (operator.lt, "must be below"),
+    "multiple_of": (lambda value, bound: value % bound == 0, "must be a multiple of"),
+}
 
 
+def flag(default: Any, help: str, *aliases: str, **bounds: float) -> Any:
+    """One setting: its default, its line of help, its other names, and its bounds, by the names in `BOUNDS`."""
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases, "bounds": bounds})
+
+
+class Settings:
+    """A group of settings; what bounds and types cannot say, it refuses in `check`."""
+
+    def check(self) -> None:
+        """Refuse contradictions; most groups have none."""
+
+
+Precision = Literal["bf16", "no", "fp16"]
+Weighting = Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"]
+Course = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+]
+NO_FP16 = "{} fp16 is refused: Z-Image overflows in fp16 and gives NaN or black pictures; use bf16, or no for fp32"
+
+
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Model"""
 
-    pretrained_model_name_or_path: str | None = flag(None, "Z-Image checkpoint: a diffusers folder or a name on the hub. Required.")
-    max_sequence_length: int = flag(512, "Prompts are cut after this many tokens, the chat template included.")
+    pretrained_model_name_or_path: str | None = flag(None, "Z-Image: a diffusers folder or a hub name. Required.")
+    max_sequence_length: int = flag(512, "Prompts are cut after this many tokens, chat template included.", at_least=1)
 
     def check(self) -> None:
         """Refuse a run without a model."""
@@ -110,11 +135,10 @@ class ModelConfig:
             "--pretrained_model_name_or_path is required: a folder or a hub name such as Tongyi-MAI/Z-Image "
             "(or try --demo, which needs no model)",
         )
-        require(self.max_sequence_length >= 1, f"--max_sequence_length must be at least 1, got {self.max_sequence_length}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Data"""
 
     instance_data_dir: str | None = flag(None, "Folder with the pictures to learn, searched recursively.")
@@ -123,89 +147,66 @@ class DataConfig:
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several.")
     image_column: str = flag("image", "Column of the dataset with the pictures.")
     caption_column: str | None = flag(None, "Column of the dataset with the captions.")
-    repeats: int = flag(1, "How often every instance picture appears in one epoch.")
-    resolution: int = flag(1024, "Side of the square pictures are cropped to, a multiple of 16; sets the area of automatic buckets.")
-    aspect_ratio_buckets: str | None = flag(None, "Explicit buckets 'height,width;height,width;...'; replaces --resolution.")
-    use_aspect_ratio_buckets: bool = flag(False, "Make buckets of about resolution x resolution pixels; never enlarges a picture.")
+    repeats: int = flag(1, "How often every instance picture appears in one epoch.", at_least=1)
+    resolution: int = flag(1024, "Side of the square pictures are cropped to.", at_least=16, multiple_of=16)
+    use_aspect_ratio_buckets: bool = flag(False, "Buckets of about resolution x resolution pixels; never enlarges.")
+    aspect_ratio_buckets: str | None = flag(None, "Explicit buckets: 'height,width;height,width;...'.")
     center_crop: bool = flag(False, "Crop the middle instead of a fresh random place every time.")
     random_flip: bool = flag(False, "Mirror half of the examples.")
-    with_prior_preservation: bool = flag(False, "Alternate with pictures of the class, so that the class is not forgotten.")
+    with_prior_preservation: bool = flag(False, "Alternate with pictures of the class, so that it is not forgotten.")
     class_data_dir: str | None = flag(None, "Folder of class pictures; missing ones are generated into it.")
     class_prompt: str | None = flag(None, "Prompt of the class pictures.")
-    num_class_images: int = flag(100, "Generate until there are this many class pictures; all there are will be used.")
-    sample_batch_size: int = flag(4, "Class pictures generated at a time, per process.")
-    prior_generation_precision: Literal["bf16", "fp32", "no", "fp16"] = flag("bf16", "Precision for generating class pictures; 'no' is fp32, fp16 is refused.")
+    num_class_images: int = flag(100, "Generate until there are this many class pictures; all are used.", at_least=1)
+    sample_batch_size: int = flag(4, "Class pictures generated at a time, per process.", at_least=1)
+    prior_generation_precision: Literal["bf16", "fp32", "no", "fp16"] = flag("bf16", "For class pictures; no is fp32.")
 
     def check(self) -> None:
-        """Refuse contradictory sources, impossible sizes and half a prior preservation."""
+        """Refuse contradictory sources, unreadable buckets and half a prior preservation."""
         require(
             (self.instance_data_dir is None) != (self.dataset_name is None),
             "give the pictures with --instance_data_dir or with --dataset_name, one of the two",
         )
         require(
             self.caption_column is None or self.dataset_name is not None,
-            "--caption_column belongs to --dataset_name; beside pictures in a folder use NAME.txt or metadata.jsonl",
-        )
-        require(self.repeats >= 1, f"--repeats must be at least 1, got {self.repeats}")
-        require(
-            self.resolution >= 16 and self.resolution % 16 == 0,
-            f"--resolution must be a positive multiple of 16, got {self.resolution}; "
-            f"the nearest is {max(16, round(self.resolution / 16) * 16)}",
+            "--caption_column belongs to --dataset_name; in a folder, captions are NAME.txt or metadata.jsonl",
         )
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
-        if self.with_prior_preservation:
-            require(self.class_data_dir is not None, "--with_prior_preservation needs --class_data_dir, a folder for class pictures")
-            require(self.class_prompt is not None, '--with_prior_preservation needs --class_prompt, such as "a photo of dog"')
-        require(self.num_class_images >= 1, f"--num_class_images must be at least 1, got {self.num_class_images}")
-        require(self.sample_batch_size >= 1, f"--sample_batch_size must be at least 1, got {self.sample_batch_size}")
+        require(
+            not self.with_prior_preservation or None not in (self.class_data_dir, self.class_prompt),
+            '--with_prior_preservation needs --class_data_dir, a folder, and --class_prompt, such as "a photo of dog"',
+        )
         require(self.prior_generation_precision != "fp16", NO_FP16.format("--prior_generation_precision"))
 
 
-NO_FP16 = "{} fp16 is refused: Z-Image overflows in fp16 and gives NaN or black pictures; use bf16, or no for fp32"
-
-
 def parse_buckets(text: str) -> list[tuple[int, int]]:
-    """Read 'height,width;height,width;...'. Raises UserError for anything else and for sides that 16 does not divide."""
-    buckets = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        numbers = re.fullmatch(r"(\d+)\s*,\s*(\d+)", part)
-        require(numbers is not None, f"--aspect_ratio_buckets: {part!r} is not 'height,width'; separate buckets by semicolons")
-        height, width = int(numbers[1]), int(numbers[2])
-        require(
-            height % 16 == 0 and width % 16 == 0 and height > 0 and width > 0,
-            f"--aspect_ratio_buckets: both sides must be positive multiples of 16, got {height},{width}",
-        )
-        buckets.append((height, width))
-    require(bool(buckets), "--aspect_ratio_buckets is empty; write 'height,width;height,width' or leave it out")
-    return buckets
+    """Read 'height,width;height,width;...'. Raises UserError for anything else, and for sides no multiple of 16."""
+    require(
+        re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*;?\s*", text) is not None,
+        f"--aspect_ratio_buckets reads 'height,width;height,width;...', got {text!r}",
+    )
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    for side in numbers:
+        require(side >= 16 and side % 16 == 0, f"--aspect_ratio_buckets: sides must be multiples of 16, got {side}")
+    return list(zip(numbers[::2], numbers[1::2]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """Caches"""
 
     cache_dir: str | None = flag(None, "Folder for downloads and encodings. Default: the Hugging Face home.")
-    cache_latents: bool = flag(False, "Encode every picture once, before training, and free the VAE; crops are centred then.")
-
-    def check(self) -> None:
-        """Accept everything: the folder is made when it is missing."""
+    cache_latents: bool = flag(False, "Encode every picture once, then free the VAE; centres the crops.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings:
+class LoraSettings(Settings):
     """LoRA"""
 
-    rank: int = flag(16, "Rank r of the update matrices.")
-    lora_alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: rank.")
-    lora_dropout: float = flag(0.0, "Probability of dropping an input of the update during training.")
-    lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, full names or blocks, separated by commas.")
-
-    def check(self) -> None:
-        """Refuse sizes that give no update."""
-        require(self.rank >= 1, f"--rank must be at least 1, got {self.rank}")
-        require(self.lora_alpha is None or self.lora_alpha > 0, f"--lora_alpha must be above 0, got {self.lora_alpha}")
-        require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+    rank: int = flag(16, "Rank r of the update matrices.", at_least=1)
+    lora_alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: rank.", above=0)
+    lora_dropout: float = flag(0.0, "Share of the update's inputs dropped in training.", at_least=0, below=1)
+    lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, names or blocks.")
 
     @property
     def lora_scale(self) -> float:
@@ -214,161 +215,138 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Settings):
     """Objective"""
 
-    weighting_scheme: Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"] = flag("logit_normal", "How noise levels are drawn (logit_normal, mode) or weighted (sigma_sqrt, cosmap); none is uniform.")
+    weighting_scheme: Weighting = flag("logit_normal", "How noise levels are drawn or weighted; none is uniform.")
     logit_mean: float = flag(0.0, "Mean of logit_normal; above 0 means more noise.")
-    logit_std: float = flag(1.0, "Standard deviation of logit_normal.")
+    logit_std: float = flag(1.0, "Standard deviation of logit_normal.", above=0)
     mode_scale: float = flag(1.29, "Scale of mode.")
-    timestep_shift: str = flag("1", "Shift s of the noise levels, s * sigma / (1 + (s - 1) * sigma); 'scheduler' takes the checkpoint's.")
-    prior_loss_weight: float = flag(1.0, "Weight of a class picture beside an instance picture.")
+    timestep_shift: str = flag("1", "Shift s of noise levels: s x / (1 + (s - 1) x); 'scheduler' takes the model's.")
+    prior_loss_weight: float = flag(1.0, "Weight of a class picture beside an instance picture.", at_least=0)
 
     def check(self) -> None:
-        """Refuse a shift that is no positive number and spreads below zero."""
+        """Refuse a shift that is neither a positive number nor the model's."""
         require(
-            self.timestep_shift == "scheduler" or (is_number(self.timestep_shift) and 0 < float(self.timestep_shift) < math.inf),
+            self.timestep_shift == "scheduler"
+            or (re.fullmatch(r"\d+\.?\d*|\.\d+", self.timestep_shift) is not None and float(self.timestep_shift) > 0),
             f"--timestep_shift takes a number above 0 or 'scheduler', got {self.timestep_shift!r}",
         )
-        require(self.logit_std > 0, f"--logit_std must be above 0, got {self.logit_std}")
-        require(self.prior_loss_weight >= 0, f"--prior_loss_weight must not be negative, got {self.prior_loss_weight}")
-
-
-def is_number(text: str) -> bool:
-    """Tell whether `float` can read a text."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """Optimizer"""
 
-    optimizer: Literal["adamw", "prodigy"] = flag("adamw", "Optimizer, in any case; prodigy finds its own rate and wants --learning_rate 1.")
-    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.")
-    adam_beta1: float = flag(0.9, "First moment's decay, also of Prodigy.")
-    adam_beta2: float = flag(0.999, "Second moment's decay, also of Prodigy.")
-    adam_weight_decay: float = flag(1e-4, "Weight decay, also of Prodigy.")
-    adam_epsilon: float = flag(1e-8, "Added to the denominator, also of Prodigy.")
-    prodigy_beta3: float | None = flag(None, "Decay of Prodigy's step size estimate. Default: the root of beta2.")
+    optimizer: Literal["adamw", "prodigy"] = flag("adamw", "In any case; prodigy wants --learning_rate 1.")
+    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0)
+    adam_beta1: float = flag(0.9, "Decay of the first moment, also Prodigy's.", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "Decay of the second moment, also Prodigy's.", at_least=0, below=1)
+    adam_weight_decay: float = flag(1e-4, "Weight decay, also Prodigy's.", at_least=0)
+    adam_epsilon: float = flag(1e-8, "Added to the denominator, also Prodigy's.", above=0)
+    prodigy_beta3: float | None = flag(None, "Of Prodigy's estimate. Default: root of beta2.", at_least=0, below=1)
     prodigy_decouple: bool = flag(True, "Decoupled weight decay in Prodigy.")
     prodigy_use_bias_correction: bool = flag(True, "Adam's bias correction in Prodigy.")
     prodigy_safeguard_warmup: bool = flag(True, "Keep a warm-up from spoiling Prodigy's estimate.")
-    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"] = flag("constant", "Course of the learning rate, as in diffusers.")
-    lr_warmup_steps: int = flag(0, "Optimizer steps until the full rate; not for constant and piecewise_constant.")
-    lr_num_cycles: int = flag(1, "Cycles of cosine_with_restarts.")
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", above=0)
+    lr_scheduler: Course = flag("constant", "Course of the learning rate, as in diffusers.")
+    lr_warmup_steps: int = flag(0, "Optimizer steps up to the full rate, for schedules that warm up.", at_least=0)
+    lr_num_cycles: int = flag(1, "Cycles of cosine_with_restarts.", at_least=1)
     lr_power: float = flag(1.0, "Power of polynomial.")
-    lr_step_rules: str | None = flag(None, "Rules of piecewise_constant, such as '1:100,0.1:200,0.01': factor:until_step, last factor.")
-    text_encoder_lr: float | None = flag(None, "Accepted for old commands; the text encoder is not trained.")
-    adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for old commands; the text encoder is not trained.")
+    lr_step_rules: str | None = flag(None, "Of piecewise_constant: 'factor:until_step,...,factor', as in 1:100,0.1.")
+    text_encoder_lr: float | None = flag(None, "Accepted for old commands, without effect.")
+    adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for old commands, without effect.")
 
     def check(self) -> None:
-        """Refuse rates and norms that cannot train, and rules without their schedule."""
-        require(self.learning_rate > 0, f"--learning_rate must be above 0, got {self.learning_rate}")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"--{name} must lie in [0, 1), got {getattr(self, name)}")
-        require(self.adam_weight_decay >= 0, f"--adam_weight_decay must not be negative, got {self.adam_weight_decay}")
-        require(self.adam_epsilon > 0, f"--adam_epsilon must be above 0, got {self.adam_epsilon}")
-        require(self.max_grad_norm > 0, f"--max_grad_norm must be above 0, got {self.max_grad_norm}")
-        require(self.lr_warmup_steps >= 0, f"--lr_warmup_steps must not be negative, got {self.lr_warmup_steps}")
-        require(self.lr_num_cycles >= 1, f"--lr_num_cycles must be at least 1, got {self.lr_num_cycles}")
+        """Refuse step rules without their schedule, and the schedule without rules."""
         require(
             (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None),
             "--lr_scheduler piecewise_constant and --lr_step_rules need each other",
         )
         require(
-            self.lr_step_rules is None or re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", self.lr_step_rules) is not None,
-            f"--lr_step_rules reads 'factor:until_step,...,last_factor', such as 1:100,0.1; got {self.lr_step_rules!r}",
+            re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", self.lr_step_rules or "1") is not None,
+            f"--lr_step_rules reads 'factor:until_step,...,factor', such as 1:100,0.1; got {self.lr_step_rules!r}",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """Training"""
 
-    seed: int = flag(0, "Every random choice follows from it.")
-    max_train_steps: int | None = flag(None, "Optimizer steps; overrides --num_train_epochs. Default, without epochs: 1500.")
-    num_train_epochs: int | None = flag(None, "Epochs; one shows every sample once.")
-    train_batch_size: int = flag(1, "Pictures per process in one forward pass.")
-    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.", "--gradient_accumulation")
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: far less memory, about a third slower.")
-    mixed_precision: Literal["bf16", "no", "fp16"] = flag("bf16", "Precision of the frozen weights and of the maths; 'no' is fp32, fp16 is refused.")
-    checkpointing_steps: int = flag(500, "Optimizer steps between two checkpoints; there is always one after the last step.")
-    checkpoints_total_limit: int | None = flag(None, "Keep at most this many checkpoints, the newest.")
+    seed: int = flag(0, "Every random choice follows from it.", at_least=0)
+    max_train_steps: int | None = flag(None, "Optimizer steps. Default: 1500, or what the epochs need.", at_least=1)
+    num_train_epochs: int | None = flag(None, "Epochs, each showing every sample once.", at_least=1)
+    train_batch_size: int = flag(1, "Pictures per process in one forward pass.", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "Passes per optimizer step.", "--gradient_accumulation", at_least=1)
+    gradient_checkpointing: bool = flag(False, "Recompute activations: far less memory, about a third slower.")
+    mixed_precision: Precision = flag("bf16", "Of the frozen weights and the maths; no is fp32, fp16 is refused.")
+    checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step has one too.", at_least=1)
+    checkpoints_total_limit: int | None = flag(None, "Keep only the newest checkpoints.", at_least=1)
     resume_from_checkpoint: str | None = flag(None, "Continue from 'latest' or from a checkpoint folder.")
-    local_rank: int | None = flag(None, "Accepted for old commands; launchers set it in the environment.")
+    local_rank: int | None = flag(None, "Accepted for old commands, without effect.")
 
     def check(self) -> None:
-        """Refuse counts below one and fp16."""
-        for name in (
-            "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps",
-            "checkpointing_steps", "checkpoints_total_limit",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
+        """Refuse fp16."""
         require(self.mixed_precision != "fp16", NO_FP16.format("--mixed_precision"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
+class ValidationConfig(Settings):
     """Validation"""
 
-    validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each in quotes, drawn before, during and after training.")
-    final_validation_prompt: str | None = flag(None, "Prompt drawn after training only; not used beside --validation_prompt.")
-    num_validation_images: int = flag(4, "Pictures per prompt.")
-    validation_epochs: int = flag(50, "Epochs between two validations.")
-    validation_steps: int | None = flag(None, "Optimizer steps between two validations, instead of epochs.")
-    guidance_scale: float = flag(4.0, "Classifier-free guidance for pictures; 0 turns it off, as Turbo wants.")
+    validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted, drawn before, during and after.")
+    final_validation_prompt: str | None = flag(None, "Prompt drawn after training only, without --validation_prompt.")
+    num_validation_images: int = flag(4, "Pictures per prompt.", at_least=1)
+    validation_epochs: int = flag(50, "Epochs between two validations.", at_least=1)
+    validation_steps: int | None = flag(None, "Steps between two validations, instead of epochs.", at_least=1)
+    guidance_scale: float = flag(4.0, "Classifier-free guidance; 0 turns it off, as Turbo wants.", at_least=0)
     negative_prompt: str = flag("", "What guidance moves away from.")
-    num_inference_steps: int = flag(28, "Denoising steps per picture.")
-    validation_resolution: int | None = flag(None, "Side of validation pictures. Default: --resolution.")
+    num_inference_steps: int = flag(28, "Denoising steps per picture.", at_least=1)
+    validation_resolution: int | None = flag(None, "Default: --resolution.", at_least=16, multiple_of=16)
     skip_final_inference: bool = flag(False, "No pictures after the last step.")
-
-    def check(self) -> None:
-        """Refuse counts below one and sizes the model cannot draw."""
-        for name in ("num_validation_images", "validation_epochs", "validation_steps", "num_inference_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
-        require(self.guidance_scale >= 0, f"--guidance_scale must not be negative, got {self.guidance_scale}")
-        side = self.validation_resolution
-        require(side is None or (side >= 16 and side % 16 == 0), f"--validation_resolution must be a positive multiple of 16, got {side}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputConfig:
+class OutputConfig(Settings):
     """Output"""
 
     output_dir: str = flag("z-image-dreambooth-lora", "Folder for the LoRA, checkpoints, pictures and metrics.")
     overwrite_output_dir: bool = flag(False, "Remove what an earlier run of this program left in --output_dir.")
     upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of the training precision.")
-    report_to: str = flag("none", "Trackers accelerate knows, separated by commas: wandb, tensorboard, ..., or all.")
-    demo: bool = flag(False, "Make a tiny random model and drawn pictures under --output_dir and train on them.")
-
-    def check(self) -> None:
-        """Accept everything: the folder itself is looked at in `check_inputs`."""
+    report_to: str = flag("none", "Trackers accelerate knows, separated by commas: wandb, tensorboard, ...; or all.")
+    demo: bool = flag(False, "Train a tiny random model on drawn pictures, both made under --output_dir.")
+# fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    ModelConfig, DataConfig, CacheConfig, LoraSettings, ObjectiveConfig, OptimizerConfig, TrainingConfig, ValidationConfig, OutputConfig
-):  # fmt: skip
+    ModelConfig,
+    DataConfig,
+    CacheConfig,
+    LoraSettings,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+    OutputConfig,
+):
     """LoRA DreamBooth fine-tuning of Z-Image."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, naming the flags, before anything is loaded."""
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            require(matches(value, hint), f"--{name} does not take {value!r}; it takes {describe_type(hint)}")
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            require(matches(value, hint), f"--{field.name} does not take {value!r}; it takes {describe_type(hint)}")
+            for name, bound in field.metadata["bounds"].items():
+                holds, words = BOUNDS[name]
+                require(value is None or holds(value, bound), f"--{field.name} {words} {bound}, got {value}")
         for group in Config.__bases__:
             group.check(self)
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Tell whether a value has the type of a field; what argparse checks by itself, JSON files and notebooks do not."""
+    """Tell whether a value has the type of a field; argparse sees to that, JSON files and notebooks do not."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, option) for option in options)
@@ -382,10 +360,12 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    """Name a type as a user would: 'int', 'bf16, no or fp16', 'str or None'."""
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)).replace(" | None", "") if isinstance(hint, type) else str(hint).replace(" | ", " or ")
+    """Name a type as a user would: 'int', 'bf16 or no'."""
+    options = [option for option in typing.get_args(hint) if option is not types.NoneType and option is not ...]
+    return (
+        " or ".join(option if isinstance(option, str) else describe_type(option) for option in options)
+        or hint.__name__
+    )
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -396,7 +376,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", type=Path, help="JSON of settings, such as an earlier run's config.json")
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="JSON of settings, such as an earlier run's config.json"
+    )
     for group in Config.__bases__:
         section, hints = parser.add_argument_group(group.__doc__), typing.get_type_hints(group)
         for field in dataclasses.fields(group):
@@ -478,24 +460,24 @@ def demo_settings(output_dir: str) -> dict[str, Any]:
     }
 
 
-def advice(cfg: Config) -> list[str]:
-    """List one line for every setting that is accepted but does nothing, or does not do what its name suggests."""
-    old = [name for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank") if getattr(cfg, name) is not None]
+def advice(cfg: Config) -> Iterator[str]:
+    """Yield a line for every setting that has no effect, or not the one its name suggests."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    lines = {
-        f"{', '.join('--' + name for name in old)}: accepted, but without effect, here as ever": bool(old),
-        f"--lr_scheduler {cfg.lr_scheduler} has no warm-up: --lr_warmup_steps {cfg.lr_warmup_steps} has no effect; "
-        "take --lr_scheduler constant_with_warmup": cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"),
-        f"--learning_rate {cfg.learning_rate} is low for Prodigy, which scales it by an estimate of its own; 1.0 is usual":
-            cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1,
-        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation":
-            not cfg.with_prior_preservation and (cfg.class_data_dir, cfg.class_prompt) != (None, None),
-        "--final_validation_prompt is not used beside --validation_prompt": None not in (cfg.validation_prompt, cfg.final_validation_prompt),
-        "--cache_latents: every picture is cropped at its centre" + " and cached with its mirror image" * cfg.random_flip: cfg.cache_latents,
-        f"accelerate's configuration asks for {launcher}; --mixed_precision {cfg.mixed_precision} is what counts":
-            launcher not in ("no", cfg.mixed_precision),
-    }  # fmt: skip
-    return [line for line, applies in lines.items() if applies]
+    for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank"):
+        if getattr(cfg, name) is not None:
+            yield f"--{name} is accepted for old commands and has no effect"
+    if cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"):
+        yield f"--lr_scheduler {cfg.lr_scheduler} has no warm-up; --lr_warmup_steps counts with constant_with_warmup"
+    if cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1:
+        yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which multiplies it by an estimate; use 1.0"
+    if not cfg.with_prior_preservation and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
+        yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
+    if cfg.validation_prompt is not None and cfg.final_validation_prompt is not None:
+        yield "--final_validation_prompt is not used beside --validation_prompt"
+    if cfg.cache_latents:
+        yield "--cache_latents: every picture is cropped at its centre" + ", with its mirror image" * cfg.random_flip
+    if launcher not in ("no", cfg.mixed_precision):
+        yield f"accelerate's configuration says {launcher}, but --mixed_precision {cfg.mixed_precision} is what counts"
 
 
 def sha256(content: bytes) -> str:
@@ -519,13 +501,14 @@ def write_file(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Data plan
-# ======================================================================================================================
+# =====================================================================================================================
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 CAPTION_SUFFIXES = (".txt", ".caption")
+KNOWN_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -566,7 +549,7 @@ def read_text(path: Path) -> str:
 
 
 def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
-    """Read the captions of one metadata.jsonl, relative to its folder. Raises UserError for a picture that is not there."""
+    """Read the captions of one metadata.jsonl. Raises UserError for a picture that is not there."""
     captions = {}
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():
@@ -575,8 +558,13 @@ def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
             row = json.loads(line)
             picture = Path(os.path.normpath(file.parent / row["file_name"]))
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f'{file}, line {number} is not a JSON object with "file_name"; mend or remove the line') from error
-        require(picture in pictures, f"{file}, line {number} names {row['file_name']}, which is no picture in that folder; mend or remove the line")
+            raise UserError(
+                f'{file}, line {number} is not a JSON object with "file_name"; mend or remove the line'
+            ) from error
+        require(
+            picture in pictures,
+            f"{file}, line {number} names {row['file_name']}, which is no picture there; mend or remove the line",
+        )
         caption = next((row[key] for key in ("text", "caption", "prompt") if isinstance(row.get(key), str)), None)
         if caption is not None:
             captions[picture] = caption.strip()
@@ -656,32 +644,28 @@ class Scan(NamedTuple):
     """What a folder holds: usable samples, pictures that are not, other files."""
 
     samples: list[Sample]
-    unreadable: list[Path]
+    unusable: list[Path]
     others: list[Path]
 
 
 def scan_pictures(folder: Path, prompt: str | None, is_prior: bool, cfg: DataConfig) -> Scan:
-    """Read headers and captions of all pictures below a folder. Raises UserError for a caption that is bad or missing."""
+    """Read headers and captions of all pictures below a folder. Raises UserError for a bad or missing caption."""
     files = find_files(folder)
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    metadata: dict[Path, str] = {}
-    for file in files:
-        if file.name == "metadata.jsonl":
-            metadata |= read_metadata(file, set(pictures))
-    samples, unreadable, without = [], [], []
+    tables = [path for path in files if path.name == "metadata.jsonl"]
+    captions = {key: text for table in tables for key, text in read_metadata(table, set(pictures)).items()}
+    scan = Scan([], [], [path for path in files if path.suffix.lower() not in KNOWN_SUFFIXES and path not in tables])
     for path in pictures:
         size = read_size(path)
         bucket = size and choose_bucket(size, cfg)
         if bucket is None:
-            unreadable.append(path)
+            scan.unusable.append(path)
             continue
-        caption = read_caption(path, metadata)
-        if caption is None and prompt is None:
-            without.append(path)
-        samples.append(Sample(path, size, bucket, prompt if caption is None else caption, caption is not None, is_prior))
-    require(not without, f"--instance_prompt is required: {without and without[0]} has no caption ({len(without)} of {len(pictures)} pictures)")
-    known = {*IMAGE_SUFFIXES, *CAPTION_SUFFIXES}
-    return Scan(samples, unreadable, [path for path in files if path.suffix.lower() not in known and path.name != "metadata.jsonl"])
+        caption = read_caption(path, captions)
+        text = prompt if caption is None else caption
+        require(text is not None, f"--instance_prompt is required: {path} has no caption of its own")
+        scan.samples.append(Sample(path, size, bucket, text, caption is not None, is_prior))
+    return scan
 
 
 def scan_instances(folder: Path, cfg: DataConfig) -> Scan:
@@ -689,12 +673,9 @@ def scan_instances(folder: Path, cfg: DataConfig) -> Scan:
     origin = f"--instance_data_dir {folder}" if cfg.dataset_name is None else f"--dataset_name {cfg.dataset_name}"
     require(folder.is_dir(), f"{origin} does not exist or is no folder; name the folder that holds the pictures")
     scan = scan_pictures(folder, cfg.instance_prompt, False, cfg)
-    require(
-        bool(scan.samples),
-        f"{origin} holds no picture that can be read"
-        + (f" ({len(scan.unreadable)} are damaged or too small)" if scan.unreadable else "")
-        + f"; it needs at least one of {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}",
-    )
+    damaged = f" ({len(scan.unusable)} are damaged or too small)" * bool(scan.unusable)
+    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    require(bool(scan.samples), f"{origin} holds no picture that can be read{damaged}; put some in it: {kinds}")
     return scan
 
 
@@ -739,8 +720,9 @@ def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
     instances, classes = scan_instances(instance_folder, cfg), scan_classes(cfg)
     for scan in (instances, classes):
         if scan.others:
-            say(f"no pictures, left alone: {', '.join(path.name for path in scan.others[:10])}{', ...' * (len(scan.others) > 10)}")
-        for path in scan.unreadable:
+            names = ", ".join(path.name for path in scan.others[:10]) + ", ..." * (len(scan.others) > 10)
+            say(f"not pictures, left alone: {names}")
+        for path in scan.unusable:
             say(f"warning: {path} cannot be read as a picture, or is too small for any bucket, and will be left out")
     samples = verify_pictures([*instances.samples, *classes.samples], encodings_folder(cfg))
     require(
@@ -763,11 +745,14 @@ def plan_class_images(cfg: DataConfig, samples: list[Sample]) -> list[Sample]:
     names = (Path(cfg.class_data_dir) / f"class-{number:05d}.png" for number in itertools.count())
     size = (cfg.resolution, cfg.resolution)
     new = itertools.islice((path for path in names if not path.exists()), missing)
-    return [Sample(path, size, choose_bucket(size, cfg), cfg.class_prompt, has_caption=False, is_prior=True) for path in new]
+    return [
+        Sample(path, size, choose_bucket(size, cfg), cfg.class_prompt, has_caption=False, is_prior=True)
+        for path in new
+    ]
 
 
 def export_dataset(cfg: Config) -> Path:
-    """Write the pictures and captions of `--dataset_name` into a folder, so that the rest of the program sees only folders."""
+    """Write the pictures and captions of `--dataset_name` to a folder: the rest of the program knows only folders."""
     import datasets
 
     cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
@@ -777,7 +762,10 @@ def export_dataset(cfg: Config) -> Path:
         raise UserError(f"--dataset_name {cfg.dataset_name} cannot be loaded: {error}") from error
     table = splits["train"] if "train" in splits else next(iter(splits.values()))
     for name, column in (("image_column", cfg.image_column), ("caption_column", cfg.caption_column)):
-        require(column is None or column in table.column_names, f"--{name} {column} is no column of the dataset; it has {', '.join(table.column_names)}")
+        require(
+            column is None or column in table.column_names,
+            f"--{name} {column} is no column of the dataset; it has {', '.join(table.column_names)}",
+        )
     try:
         pictures = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
     except Exception as error:
@@ -872,41 +860,35 @@ def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> colle
     return collections.Counter(draw.sample for batch in shown for draw in batch)
 
 
-def starved_buckets(samples: list[Sample], schedule: Schedule) -> list[tuple[int, int]]:
-    """List the buckets with fewer pictures than a micro-batch takes; they fill over several epochs."""
-    counts = collections.Counter(sample.bucket for sample in samples)
-    return [bucket for bucket, count in counts.items() if count < schedule.micro_batch]
-
-
 def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
     """Tell what the run will do, as lines of a table. Raises UserError for a bucket that would never be trained."""
     views, covers_epoch = count_views(samples, cfg, schedule), schedule.epoch(schedule.max_train_steps) >= 1
-    lines = [f"{'bucket (h x w)':>15} {'pictures':>9} {'of class':>9} {'own caption':>12} {'repeats':>8} {'each seen':>12}  smallest"]
+    table = "{:>15} {:>9} {:>9} {:>12} {:>8} {:>12} {:>12}"
+    lines = [table.format("bucket (h x w)", "pictures", "of class", "own caption", "repeats", "each seen", "smallest")]
     for bucket in sorted({sample.bucket for sample in samples}):
         indices = [index for index, sample in enumerate(samples) if sample.bucket == bucket]
         members, counts = [samples[index] for index in indices], [views[index] for index in indices]
         require(
             not covers_epoch or max(counts) > 0,
             f"the bucket {bucket[0]},{bucket[1]} never fills a batch of {schedule.micro_batch} in this run, so "
-            f"{', '.join(sorted(str(sample.path) for sample in members)[:5])} would not be trained; lower --train_batch_size "
-            "(and raise --gradient_accumulation_steps), use fewer buckets, or train longer",
+            f"{', '.join(str(sample.path) for sample in members[:5])} would not be trained; lower --train_batch_size, "
+            "with more --gradient_accumulation_steps, use fewer buckets, or train longer",
         )
         seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         classes, captions = sum(sample.is_prior for sample in members), sum(sample.has_caption for sample in members)
         smallest = "{} x {}".format(*min((sample.size for sample in members), key=math.prod))
-        lines.append(
-            f"{bucket[0]:>7} x {bucket[1]:<5} {len(members):>9} {classes:>9} {captions:>12} {cfg.repeats:>8} {seen:>12}  {smallest}"
-        )
+        name = f"{bucket[0]} x {bucket[1]}"
+        lines.append(table.format(name, len(members), classes, captions, cfg.repeats, seen, smallest))
+        if len(members) < schedule.micro_batch:
+            lines.append(
+                f"  fewer pictures than a batch of {schedule.micro_batch}: they wait for later epochs to fill it; "
+                "a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
+            )
     enlarged = [sample for sample in samples if sample.size[0] < sample.bucket[0] or sample.size[1] < sample.bucket[1]]
     if enlarged:
-        lines.append(f"{len(enlarged)} pictures are smaller than their bucket and will be enlarged, {enlarged[0].path} among them")
+        lines.append(f"smaller than their bucket, to be enlarged: {enlarged[0].path} and {len(enlarged) - 1} others")
     if not covers_epoch:
         lines.append("the run is shorter than one epoch: not every picture will be seen")
-    lines += [
-        f"bucket {bucket[0]} x {bucket[1]} has fewer pictures than one batch of {schedule.micro_batch} and waits for the next "
-        "epochs to fill it; a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
-        for bucket in starved_buckets(samples, schedule)
-    ]
     return [*lines, describe_schedule(cfg, schedule), *describe_validation(cfg, schedule)]
 
 
@@ -929,10 +911,8 @@ def describe_validation(cfg: Config, schedule: Schedule) -> list[str]:
     passes = (times + final) * pictures * cfg.num_inference_steps * (2 if cfg.guidance_scale > 0 else 1)
     work = passes * ((cfg.validation_resolution or cfg.resolution) / cfg.resolution) ** 2
     training = schedule.max_train_steps * schedule.total_batch * (4 if cfg.gradient_checkpointing else 3)
-    line = (
-        f"validation: {times + final} times {pictures} pictures of {cfg.num_inference_steps} steps = {passes:,} forward passes, "
-        f"about {100 * work / (work + training):.0f} % of the run's work"
-    )
+    share = f"{passes:,} forward passes, about {100 * work / (work + training):.0f} % of the run's work"
+    line = f"validation: {times + final} times {pictures} pictures of {cfg.num_inference_steps} steps = {share}"
     return [line] if passes else []
 
 
@@ -955,29 +935,38 @@ def find_checkpoint(cfg: Config) -> Path | None:
         if (folder / "state.json").is_file():
             return folder
     raise UserError(
-        f"--resume_from_checkpoint {cfg.resume_from_checkpoint} is no checkpoint of this program (it has no state.json); "
+        f"--resume_from_checkpoint {cfg.resume_from_checkpoint} is no checkpoint of this program (no state.json); "
         "name a folder checkpoint-N, or 'latest'"
     )
 
 
 def check_output(cfg: Config) -> None:
-    """Refuse an output folder that is a file or holds another run."""
+    """Refuse an output folder that is a file, that holds another run, or other files under the names of ours."""
     output = Path(cfg.output_dir)
     for path in (output, *output.parents):
         require(not path.exists() or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
     find_checkpoint(cfg)
-    held = (output / RUN_FILES[0]).exists() or bool(list_checkpoints(output))
+    present, settings = [name for name in RUN_FILES if (output / name).exists()], read_own_config(output)
     require(
-        not held or cfg.resume_from_checkpoint is not None or cfg.overwrite_output_dir or (cfg.demo and is_demo_run(output)),
+        not present or "environment" in settings or bool(list_checkpoints(output)),
+        f"--output_dir {output} holds {', '.join(present)}, which this program did not write; name another folder",
+    )
+    is_free = RUN_FILES[0] not in present and not list_checkpoints(output)
+    is_demo = cfg.demo and settings.get("demo") is True
+    require(
+        is_free or is_demo or cfg.resume_from_checkpoint is not None or cfg.overwrite_output_dir,
         f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest, replace it with "
         "--overwrite_output_dir, or name another folder",
     )
 
 
-def is_demo_run(output: Path) -> bool:
-    """Tell whether the run in a folder was made by `--demo`."""
-    file = output / "config.json"
-    return file.is_file() and read_settings(file).get("demo") is True
+def read_own_config(output: Path) -> dict[str, Any]:
+    """Read the config.json of an earlier run in a folder; empty if there is none."""
+    try:
+        settings = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def check_model(cfg: ModelConfig) -> None:
@@ -995,7 +984,9 @@ def check_model(cfg: ModelConfig) -> None:
 def check_components(model: Path) -> None:
     """Refuse a checkpoint folder that lacks a component, or a shard of one, naming what is missing."""
     advice = "download the checkpoint again, whole, or name another folder in --pretrained_model_name_or_path"
-    require(model.is_dir(), f"{model} is a file; --pretrained_model_name_or_path takes a folder in the diffusers format")
+    require(
+        model.is_dir(), f"{model} is a file; --pretrained_model_name_or_path takes a folder in the diffusers format"
+    )
     files = {
         "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
         "text_encoder": "config.json", "vae": "config.json", "transformer": "config.json",
@@ -1003,7 +994,10 @@ def check_components(model: Path) -> None:
     for component, file in files.items():
         require((model / component / file).is_file(), f"{model} has no {component}/{file}; {advice}")
         if file == "config.json":
-            require(any((model / component).glob("*.safetensors")), f"{model}/{component} has no weights (*.safetensors); {advice}")
+            require(
+                any((model / component).glob("*.safetensors")),
+                f"{model}/{component} has no weights (*.safetensors); {advice}",
+            )
         for index in (model / component).glob("*.safetensors.index.json"):
             shards = set(json.loads(read_text(index))["weight_map"].values())
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
@@ -1015,7 +1009,10 @@ def check_packages(cfg: Config) -> None:
     needed = {"datasets": cfg.dataset_name is not None, "prodigyopt": cfg.optimizer == "prodigy"}
     needed |= {name: name in cfg.report_to.split(",") for name in ("wandb", "tensorboard")}
     for package, is_needed in needed.items():
-        require(not is_needed or importlib.util.find_spec(package) is not None, f"{package} is not installed; pip install {package}")
+        require(
+            not is_needed or importlib.util.find_spec(package) is not None,
+            f"the package {package} is needed and not installed: pip install {package}",
+        )
 
 
 def check_inputs(cfg: Config) -> None:
@@ -1073,9 +1070,9 @@ for library in (transformers.logging, diffusers_logging):
     library.disable_progress_bar()
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Encoders and caches
-# ======================================================================================================================
+# =====================================================================================================================
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
 ENCODING_VERSION = 1  # raise it when the same ingredients begin to give other encodings
@@ -1127,7 +1124,9 @@ def find_model(cfg: Config, accelerator: Accelerator) -> Path:
             model = Path(snapshot_download(name, cache_dir=cfg.cache_dir, allow_patterns=["model_index.json", *parts]))
         except Exception as error:  # the hub client's errors are many; their first line helps
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--pretrained_model_name_or_path {name} is no folder here and cannot be downloaded: {reason}") from error
+            raise UserError(
+                f"--pretrained_model_name_or_path {name} is no folder here and cannot be downloaded: {reason}"
+            ) from error
     check_components(model)
     return model
 
@@ -1185,14 +1184,14 @@ def load_text_encoder(model: Path, dtype: torch.dtype, device: torch.device) -> 
 
 @torch.no_grad()
 def encode_prompt(encoder: TextEncoder, prompt: str, max_sequence_length: int) -> Tensor:
-    """Encode one prompt at its true length, as `ZImagePipeline.encode_prompt` does; says what is cut off. -> (L, 2560)"""
+    """Encode one prompt at its true length, as `ZImagePipeline` does; says what is cut off. -> (L, 2560)"""
     chat = encoder.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
     )
     tokens = encoder.tokenizer(chat).input_ids
     if len(tokens) > max_sequence_length:
         lost = encoder.tokenizer.decode(tokens[max_sequence_length:])
-        say(f"warning: a prompt has {len(tokens)} tokens, --max_sequence_length is {max_sequence_length}; cut off: {lost[:200]!r}")
+        say(f"warning: --max_sequence_length {max_sequence_length} of {len(tokens)} tokens; cut off: {lost[:200]!r}")
     input_ids = torch.tensor([tokens[:max_sequence_length]], device=encoder.model.device)  # (1, L)
     return encoder.model(input_ids=input_ids).last_hidden_state[0]
 
@@ -1204,7 +1203,7 @@ def load_vae(model: Path, dtype: torch.dtype, device: torch.device) -> Autoencod
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Encode pixels in [-1, 1] to the most probable latents, scaled as the transformer knows them. (B, 3, H, W) -> (B, 16, h, w)"""
+    """Encode pixels in [-1, 1] to the mode of their latents, scaled. (B, 3, H, W) -> (B, 16, h, w) in fp32"""
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
@@ -1246,7 +1245,9 @@ def share_of(items: list[Any], accelerator: Accelerator) -> list[Any]:
 
 def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **options: int) -> tqdm:
     """Show a bar on the first process while items are worked through."""
-    return tqdm(items, desc=title, disable=not accelerator.is_main_process, dynamic_ncols=True, **options)
+    seconds = 0.1 if sys.stderr.isatty() else 30  # a log file wants few lines
+    quiet = not accelerator.is_main_process
+    return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -1264,8 +1265,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     write_file(path, len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
-def fill_prompts_cache(prompts: list[str], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
-    """Encode the prompts that are not on disk yet; the text encoder is loaded only then, and freed before returning."""
+def fill_prompts_cache(
+    prompts: list[str], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator
+) -> None:
+    """Encode the prompts that are not on disk yet; only then is the text encoder loaded, and freed again."""
     missing = [prompt for prompt in dict.fromkeys(prompts) if not encodings.prompt(prompt).exists()]
     if not missing:
         say(f"prompts: all {len(set(prompts))} come from the cache, the text encoder is not loaded")
@@ -1273,14 +1276,18 @@ def fill_prompts_cache(prompts: list[str], model: Path, encodings: Encodings, cf
     if mine:
         encoder = load_text_encoder(model, DTYPES[cfg.mixed_precision], accelerator.device)
         for prompt in progress_bar(mine, "encoding prompts", accelerator):
-            save_tensors(encodings.prompt(prompt), {"prompt_embeds": encode_prompt(encoder, prompt, cfg.max_sequence_length)})
+            save_tensors(
+                encodings.prompt(prompt), {"prompt_embeds": encode_prompt(encoder, prompt, cfg.max_sequence_length)}
+            )
         del encoder
         free_memory()
     accelerator.wait_for_everyone()
 
 
-def fill_latents_cache(samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
-    """Encode the pictures that are not on disk yet, with their mirror images if wanted; the VAE is loaded only then."""
+def fill_latents_cache(
+    samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator
+) -> None:
+    """Encode the pictures that are not on disk yet, with mirror images if wanted; only then is the VAE loaded."""
     wanted = [(sample, is_flipped) for sample in samples for is_flipped in (False, True)[: 1 + cfg.random_flip]]
     missing = [job for job in wanted if not encodings.latents(*job).exists()]
     if not missing:
@@ -1297,7 +1304,7 @@ def fill_latents_cache(samples: list[Sample], model: Path, encodings: Encodings,
 
 
 class TrainingExamples(Dataset):
-    """Turns a `Draw` into an `Example`: a look-up that loads one picture or its latents, and one embedding, from disk."""
+    """Turn a `Draw` into an `Example`: load one picture or its latents, and one embedding, from disk."""
 
     def __init__(self, samples: list[Sample], encodings: Encodings, cfg: Config) -> None:
         self.samples, self.encodings, self.cfg = samples, encodings, cfg
@@ -1341,9 +1348,9 @@ def make_batches(
         )
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Transformer and LoRA
-# ======================================================================================================================
+# =====================================================================================================================
 
 LAYER_ALIASES = {  # names from diffusers' other transformers, which commands for Z-Image have inherited
     "ff.net.0.proj": ("feed_forward.w1", "feed_forward.w3"),
@@ -1380,7 +1387,9 @@ def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
     return [layer for layer in linear if layer in chosen]
 
 
-def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: LoraSettings, seed: int) -> list[nn.Parameter]:
+def add_lora(
+    transformer: ZImageTransformer2DModel, layers: list[str], cfg: LoraSettings, seed: int
+) -> list[nn.Parameter]:
     """Add a LoRA in fp32 to the named layers, the same on every process; returns what is trained."""
     torch.manual_seed(seed)
     settings = LoraConfig(
@@ -1414,9 +1423,9 @@ def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(transformer, state)
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Objective
-# ======================================================================================================================
+# =====================================================================================================================
 
 
 def sample_noise(seeds: list[int], shape: torch.Size) -> Tensor:
@@ -1451,9 +1460,13 @@ def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - sigmas) * latents + sigmas * noise
 
 
-def predict_velocity(transformer: nn.Module, noisy_latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]) -> Tensor:
+def predict_velocity(
+    transformer: nn.Module, noisy_latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]
+) -> Tensor:
     """Speak Z-Image's dialect: lists instead of batches, a frame axis, time 1 - sigma, and the opposite sign."""
-    assert len(prompt_embeds) == len(noisy_latents), "the model pairs images with captions by zip and drops the surplus"
+    assert len(prompt_embeds) == len(noisy_latents), (
+        "the model pairs images with captions by zip and drops the surplus"
+    )
     frames = list(noisy_latents.unsqueeze(2).unbind(0))  # B of (16, 1, h, w)
     outputs = transformer(frames, 1 - sigmas, prompt_embeds, return_dict=False)[0]
     return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
@@ -1482,9 +1495,9 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, sh
     return flow_matching_loss(velocity, target, prior_weights * loss_weights(sigmas, cfg.weighting_scheme))
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Training
-# ======================================================================================================================
+# =====================================================================================================================
 
 
 @dataclass
@@ -1586,26 +1599,41 @@ def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
     checkpoints = list_checkpoints(Path(cfg.output_dir))
     good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
     raise FloatingPointError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, so the run stops before the weights move; {good}. "
+        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; the run stops, its weights unmoved; {good}. "
         "A lower --learning_rate is the usual remedy"
     )
 
 
 def optimizer_tensors(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
     """Name the tensors of an optimizer's state PARAMETER.NAME."""
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items() if torch.is_tensor(value)}
+    return {
+        f"{index}.{name}": value
+        for index, entry in state.items()
+        for name, value in entry.items()
+        if torch.is_tensor(value)
+    }
 
 
-def save_checkpoint(accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
     """Write checkpoint-N: the LoRA and the optimizer in fp32 as safetensors, the rest as JSON, whole or not at all."""
     if accelerator.is_main_process:
         output = Path(cfg.output_dir)
         folder, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.{uuid.uuid4().hex}.tmp"
         state = optimizer.state_dict()
-        scalars = {index: {name: value for name, value in entry.items() if not torch.is_tensor(value)} for index, entry in state["state"].items()}
+        scalars = {
+            index: {name: value for name, value in entry.items() if not torch.is_tensor(value)}
+            for index, entry in state["state"].items()
+        }
         save_tensors(temporary / "lora.safetensors", lora_state_dict(accelerator.unwrap_model(transformer)))
         save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(state["state"]))
-        content = {"step": step, "optimizer_state": scalars, "param_groups": state["param_groups"], "settings": dataclasses.asdict(cfg)}
+        content = {
+            "step": step,
+            "optimizer_state": scalars,
+            "param_groups": state["param_groups"],
+            "settings": dataclasses.asdict(cfg),
+        }
         write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
         sync(output / "metrics.jsonl")
         sync(temporary)
@@ -1636,8 +1664,10 @@ def remove_checkpoint(folder: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def resume(accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the LoRA, the optimizer and the metrics back to where the checkpoint left them; without one, to the start."""
+def resume(
+    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Put LoRA, optimizer and metrics back to where the checkpoint left them; without one, to the start."""
     checkpoint, step = find_checkpoint(cfg), 0
     if checkpoint is not None:
         content = json.loads(read_text(checkpoint / "state.json"))
@@ -1663,7 +1693,9 @@ def cut_metrics(file: Path, step: int) -> None:
     write_file(file, b"".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
-def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float], schedule: Schedule, step: int) -> None:
+def log_metrics(
+    accelerator: Accelerator, cfg: Config, metrics: dict[str, float], schedule: Schedule, step: int
+) -> None:
     """Append one line to metrics.jsonl and tell the trackers."""
     row = {"step": step, "epoch": round(schedule.epoch(step), 4), **metrics}
     if accelerator.is_main_process:
@@ -1672,13 +1704,13 @@ def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float]
     accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Sampling
-# ======================================================================================================================
+# =====================================================================================================================
 
 
 def make_pipeline(transformer: nn.Module, model: Path, dtype: torch.dtype, device: torch.device) -> ZImagePipeline:
-    """Put a transformer that is already on the device into the official pipeline, with a VAE and without a text encoder."""
+    """Put a transformer that is on the device into the official pipeline, with a VAE, without a text encoder."""
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler"),
         vae=load_vae(model, dtype, device),
@@ -1691,12 +1723,19 @@ def make_pipeline(transformer: nn.Module, model: Path, dtype: torch.dtype, devic
 
 
 def draw_pictures(
-    pipeline: ZImagePipeline, prompts: list[str], seeds: list[int], side: int, encodings: Encodings, cfg: ValidationConfig
+    pipeline: ZImagePipeline,
+    prompts: list[str],
+    seeds: list[int],
+    side: int,
+    encodings: Encodings,
+    cfg: ValidationConfig,
 ) -> list[Image.Image]:
     """Draw one square picture per prompt and seed from cached embeddings; the global random state is not touched."""
     device, dtype = pipeline.device, pipeline.transformer.dtype
     negative = [cfg.negative_prompt] * len(prompts) if cfg.guidance_scale > 0 else []
-    embeddings = [load_file(encodings.prompt(prompt))["prompt_embeds"].to(device, dtype) for prompt in prompts + negative]
+    embeddings = [
+        load_file(encodings.prompt(prompt))["prompt_embeds"].to(device, dtype) for prompt in prompts + negative
+    ]
     return pipeline(
         prompt_embeds=embeddings[: len(prompts)],
         negative_prompt_embeds=embeddings[len(prompts) :],
@@ -1727,7 +1766,9 @@ def generate_class_images(
         groups = [mine[start : start + cfg.sample_batch_size] for start in range(0, len(mine), cfg.sample_batch_size)]
         for group in progress_bar(groups, "generating class pictures", accelerator):
             seeds = [derive_seed(cfg.seed, "class picture", sample.path.name) for sample in group]
-            pictures = draw_pictures(pipeline, [sample.prompt for sample in group], seeds, cfg.resolution, encodings, cfg)
+            pictures = draw_pictures(
+                pipeline, [sample.prompt for sample in group], seeds, cfg.resolution, encodings, cfg
+            )
             for sample, picture in zip(group, pictures):
                 write_file(sample.path, png_bytes(picture))
         del pipeline, transformer
@@ -1745,7 +1786,11 @@ def validation_prompts(cfg: ValidationConfig, is_final: bool) -> list[str]:
 
 def needed_prompts(samples: list[Sample], missing: list[Sample], cfg: ValidationConfig) -> list[str]:
     """List the prompts the run will use; the negative one only if guidance will."""
-    drawn = [*validation_prompts(cfg, is_final=False), *validation_prompts(cfg, is_final=True), *(sample.prompt for sample in missing)]
+    drawn = [
+        *validation_prompts(cfg, is_final=False),
+        *validation_prompts(cfg, is_final=True),
+        *(sample.prompt for sample in missing),
+    ]
     negative = [cfg.negative_prompt] if drawn and cfg.guidance_scale > 0 else []
     return [*(sample.prompt for sample in samples), *drawn, *negative]
 
@@ -1756,11 +1801,19 @@ def validation_folder(cfg: OutputConfig, step: int) -> Path:
 
 
 def validate(
-    cfg: Config, accelerator: Accelerator, transformer: nn.Module, model: Path, encodings: Encodings, step: int, is_final: bool = False
+    cfg: Config,
+    accelerator: Accelerator,
+    transformer: nn.Module,
+    model: Path,
+    encodings: Encodings,
+    step: int,
+    is_final: bool = False,
 ) -> None:
-    """Draw the validation pictures from the live transformer, split over the processes: PROMPT-IMAGE.png and sheet.png."""
+    """Draw PROMPT-IMAGE.png from the live transformer, split over the processes, and put them on sheet.png."""
     prompts, folder = validation_prompts(cfg, is_final), validation_folder(cfg, step)
-    jobs = share_of([(prompt, image) for prompt in range(len(prompts)) for image in range(cfg.num_validation_images)], accelerator)
+    jobs = share_of(
+        [(prompt, image) for prompt in range(len(prompts)) for image in range(cfg.num_validation_images)], accelerator
+    )
     live = accelerator.unwrap_model(transformer).eval()
     if jobs:
         pipeline = make_pipeline(live, model, DTYPES[cfg.mixed_precision], accelerator.device)
@@ -1773,7 +1826,10 @@ def validate(
     live.train()
     accelerator.wait_for_everyone()
     if prompts and accelerator.is_main_process:
-        pictures = [[Image.open(folder / f"{prompt}-{image}.png") for image in range(cfg.num_validation_images)] for prompt in range(len(prompts))]
+        pictures = [
+            [Image.open(folder / f"{prompt}-{image}.png") for image in range(cfg.num_validation_images)]
+            for prompt in range(len(prompts))
+        ]
         write_file(folder / "sheet.png", png_bytes(make_sheet(pictures)))
         log_pictures(accelerator, prompts, pictures, step)
         say(f"step {step}: pictures in {folder}")
@@ -1793,7 +1849,9 @@ def log_pictures(accelerator: Accelerator, prompts: list[str], rows: list[list[I
     """Show the pictures to the trackers that take them."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            sheet = torch.frombuffer(bytearray(make_sheet(rows).tobytes()), dtype=torch.uint8).view(*make_sheet(rows).size[::-1], 3)
+            sheet = torch.frombuffer(bytearray(make_sheet(rows).tobytes()), dtype=torch.uint8).view(
+                *make_sheet(rows).size[::-1], 3
+            )
             tracker.writer.add_image("validation", sheet, step, dataformats="HWC")
         if tracker.name == "wandb":
             import wandb
@@ -1802,13 +1860,13 @@ def log_pictures(accelerator: Accelerator, prompts: list[str], rows: list[list[I
             tracker.log({"validation": pictures}, step=step)
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Artefacts
-# ======================================================================================================================
+# =====================================================================================================================
 
 
 def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fold alpha / rank into the matrices B, so that every loader applies the LoRA alike, and name them for diffusers."""
+    """Fold alpha / rank into the matrices B, so that every loader applies the LoRA alike; name them for diffusers."""
     return {
         f"transformer.{name}": (tensor.float() * (scale if ".lora_B." in name else 1)).to(dtype)
         for name, tensor in state.items()
@@ -1851,7 +1909,11 @@ def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module
 def save_config(cfg: Config) -> None:
     """Write config.json: all settings, which `--config` replays, and the environment, which it does not."""
     settings = dataclasses.asdict(cfg) | {"environment": describe_environment()}
-    write_file(Path(cfg.output_dir) / "config.json", json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
+    for order in ("resume_from_checkpoint", "overwrite_output_dir"):  # meant for this start, not for a repetition
+        del settings[order]
+    write_file(
+        Path(cfg.output_dir) / "config.json", json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
+    )
 
 
 def describe_environment() -> dict[str, str]:
@@ -1867,7 +1929,11 @@ def save_model_card(cfg: Config, schedule: Schedule) -> None:
     base = None if is_local else cfg.pretrained_model_name_or_path
     folder = validation_folder(cfg, schedule.max_train_steps)
     prompts = validation_prompts(cfg, is_final=True)
-    files = [f"validation/{folder.name}/{prompt}-{image}.png" for prompt in range(len(prompts)) for image in range(cfg.num_validation_images)]
+    files = [
+        f"validation/{folder.name}/{prompt}-{image}.png"
+        for prompt in range(len(prompts))
+        for image in range(cfg.num_validation_images)
+    ]
     texts = [prompt for prompt in prompts for _ in range(cfg.num_validation_images)]
     data = ModelCardData(
         license="apache-2.0",
@@ -1887,14 +1953,21 @@ def save_model_card(cfg: Config, schedule: Schedule) -> None:
         seed=cfg.seed,
     )
     names = (
-        "rank", "lora_layers", "resolution", "learning_rate", "optimizer", "lr_scheduler", "weighting_scheme", "timestep_shift",
-        "train_batch_size", "gradient_accumulation_steps", "with_prior_preservation", "mixed_precision", "seed",
+        "rank", "lora_layers", "resolution", "learning_rate", "optimizer", "lr_scheduler", "weighting_scheme",
+        "timestep_shift", "train_batch_size", "gradient_accumulation_steps", "with_prior_preservation",
+        "mixed_precision", "seed",
     )  # fmt: skip
     rows = [f"| {name} | {getattr(cfg, name)} |" for name in names]
-    rows += [f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |", f"| steps | {schedule.max_train_steps} |"]
+    rows += [
+        f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |",
+        f"| steps | {schedule.max_train_steps} |",
+    ]
     pictures = [f"![{text}]({file})".replace("\n", " ") for text, file in zip(texts, files)]
     card = CARD.format(
-        prompt=cfg.instance_prompt or "(captions of their own)", pictures="\n".join(pictures), snippet=snippet, rows="\n".join(rows)
+        prompt=cfg.instance_prompt or "(captions of their own)",
+        pictures="\n".join(pictures),
+        snippet=snippet,
+        rows="\n".join(rows),
     )
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
 
@@ -1946,9 +2019,9 @@ image.save("output.png")
 """.strip()
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Demo
-# ======================================================================================================================
+# =====================================================================================================================
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -1957,14 +2030,14 @@ CHAT_TEMPLATE = (
 
 
 def make_demo_model(folder: Path) -> None:
-    """Write a random Z-Image checkpoint of all five components: byte-level text, 64 channels, two blocks, under 2 MB."""
+    """Write a random Z-Image checkpoint of all five components: byte-level text, 64 channels, two blocks."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     torch.manual_seed(0)
     words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<|endoftext|>", eos_token="<|im_end|>",
-        pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
+        vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<|endoftext|>",
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
     )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE
     text_encoder = Qwen3Model(
@@ -1974,8 +2047,8 @@ def make_demo_model(folder: Path) -> None:
         )
     )  # fmt: skip
     vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[8] * 4,
-        layers_per_block=1, latent_channels=16, norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4, layers_per_block=1, latent_channels=16, norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159,
         use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
     )  # fmt: skip
     transformer = ZImageTransformer2DModel(
@@ -1999,7 +2072,9 @@ def make_demo_pictures(folder: Path) -> None:
         draw.pieslice(box, 90, 270, fill="red")
         draw.pieslice(box, 270, 450, fill="yellow")
         draw.ellipse(box, outline="gray", width=12)
-        write_file(folder / f"badge-{number}.png", png_bytes(picture.resize((width, height), Image.Resampling.LANCZOS)))
+        write_file(
+            folder / f"badge-{number}.png", png_bytes(picture.resize((width, height), Image.Resampling.LANCZOS))
+        )
 
 
 def make_demo(cfg: Config, accelerator: Accelerator) -> None:
@@ -2021,9 +2096,9 @@ accelerate launch {script} \\
 """
 
 
-# ======================================================================================================================
+# =====================================================================================================================
 # Main
-# ======================================================================================================================
+# =====================================================================================================================
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
@@ -2047,7 +2122,10 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
             remove_run(output)
         save_config(cfg)
     accelerator.wait_for_everyone()
-    settings = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in dataclasses.asdict(cfg).items()}
+    settings = {
+        name: value if isinstance(value, (int, float, str)) else str(value)
+        for name, value in dataclasses.asdict(cfg).items()
+    }
     accelerator.init_trackers("dreambooth-z-image-lora", config=settings)
 
 
@@ -2094,7 +2172,9 @@ def main(cfg: Config) -> Path:
     if cfg.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(parameters, cfg)
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)  # neither batches nor learning rate: both are ours
+    transformer, optimizer = accelerator.prepare(
+        transformer, optimizer
+    )  # neither batches nor learning rate: both are ours
 
     progress = resume(accelerator, cfg, transformer, optimizer)
     first = progress.step * cfg.gradient_accumulation_steps
@@ -2104,10 +2184,12 @@ def main(cfg: Config) -> Path:
     steps = train(cfg, accelerator, transformer, optimizer, batches, schedule, progress)
     bar = progress_bar(steps, "training", accelerator, initial=progress.step, total=schedule.max_train_steps)
     for metrics in bar:
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         log_metrics(accelerator, cfg, metrics, schedule, progress.step)
         is_last = progress.step == schedule.max_train_steps
-        if schedule.is_validation_step(progress.step) and not is_last:  # after the last step the file is sampled, below
+        if (
+            schedule.is_validation_step(progress.step) and not is_last
+        ):  # after the last step the file is sampled, below
             validate(cfg, accelerator, transformer, model, encodings, progress.step)
         if is_last or progress.step % cfg.checkpointing_steps == 0:
             save_checkpoint(accelerator, cfg, transformer, optimizer, progress.step)
