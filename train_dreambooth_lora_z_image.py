@@ -521,7 +521,7 @@ class Sample:
     prompt: str
     has_caption: bool
     is_prior: bool
-    digest: str = ""  # SHA-256 of the file, known once it has been decoded
+    digest: str = ""  # SHA-256 of the file; empty for a class picture that is still to be generated
 
 
 class Draw(NamedTuple):
@@ -729,26 +729,19 @@ def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
         any(not sample.is_prior for sample in samples),
         f"every picture in {instance_folder} is damaged; export them again from their source",
     )
-    return in_order(samples)
+    samples += plan_class_images(cfg, sum(sample.is_prior for sample in samples))
+    return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream draws by place in the list
 
 
-def in_order(samples: list[Sample]) -> list[Sample]:
-    """Sort samples, since the stream draws them by their place in the list."""
-    return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))
-
-
-def plan_class_images(cfg: DataConfig, samples: list[Sample]) -> list[Sample]:
-    """Name the class pictures that are still to be generated; empty without prior preservation."""
+def plan_class_images(cfg: DataConfig, present: int) -> list[Sample]:
+    """Name the class pictures that are still to be generated; none without prior preservation."""
     if not cfg.with_prior_preservation:
         return []
-    missing = max(0, cfg.num_class_images - sum(sample.is_prior for sample in samples))
     names = (Path(cfg.class_data_dir) / f"class-{number:05d}.png" for number in itertools.count())
+    free = itertools.islice((path for path in names if not path.exists()), max(0, cfg.num_class_images - present))
     size = (cfg.resolution, cfg.resolution)
-    new = itertools.islice((path for path in names if not path.exists()), missing)
-    return [
-        Sample(path, size, choose_bucket(size, cfg), cfg.class_prompt, has_caption=False, is_prior=True)
-        for path in new
-    ]
+    bucket = choose_bucket(size, cfg)
+    return [Sample(path, size, bucket, cfg.class_prompt, has_caption=False, is_prior=True) for path in free]
 
 
 def export_dataset(cfg: Config) -> Path:
@@ -766,10 +759,9 @@ def export_dataset(cfg: Config) -> Path:
             column is None or column in table.column_names,
             f"--{name} {column} is no column of the dataset; it has {', '.join(table.column_names)}",
         )
-    try:
-        pictures = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
-    except Exception as error:
-        raise UserError(f"--image_column {cfg.image_column} of the dataset holds no pictures: {error}") from error
+    kind = table.features[cfg.image_column]
+    require(isinstance(kind, datasets.Image), f"--image_column {cfg.image_column} holds no pictures but {kind}")
+    pictures = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
     captions = table[cfg.caption_column] if cfg.caption_column else itertools.repeat(None)
     names = [f"{number:06d}-{sha256(picture_bytes(picture))[:16]}.png" for number, picture in enumerate(pictures)]
     rows = [{"file_name": name, "text": caption} for name, caption in zip(names, captions)]
@@ -1326,11 +1318,12 @@ def collate(examples: list[Example]) -> Batch:
 
 
 def make_batches(
-    samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator, first: int
+    samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator, step: int
 ) -> Iterator[Batch]:
-    """Yield this process's slice of every micro-batch from the `first` on, without end, on the device."""
+    """Yield this process's slice of every micro-batch after optimizer step `step`, without end, on the device."""
     size, rank = cfg.train_batch_size, accelerator.process_index
-    batches = itertools.islice(micro_batches(samples, cfg, size * accelerator.num_processes), first, None)
+    batches = micro_batches(samples, cfg, size * accelerator.num_processes)
+    batches = itertools.islice(batches, step * cfg.gradient_accumulation_steps, None)
     loader = DataLoader(
         TrainingExamples(samples, encodings, cfg),
         batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
@@ -1358,9 +1351,13 @@ LAYER_ALIASES = {  # names from diffusers' other transformers, which commands fo
 }
 
 
-def load_transformer(model: Path, dtype: torch.dtype) -> ZImageTransformer2DModel:
+def load_transformer(
+    model: Path, dtype: torch.dtype, gradient_checkpointing: bool = False
+) -> ZImageTransformer2DModel:
     """Load the frozen transformer to host memory."""
     transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", torch_dtype=dtype)
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     return transformer.requires_grad_(False)
 
 
@@ -1755,10 +1752,10 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def generate_class_images(
-    missing: list[Sample], cfg: Config, model: Path, encodings: Encodings, accelerator: Accelerator
-) -> None:
+    samples: list[Sample], cfg: Config, model: Path, encodings: Encodings, accelerator: Accelerator
+) -> list[Sample]:
     """Draw the missing class pictures with the untrained model, each from its own name, split over the processes."""
-    mine = share_of(missing, accelerator)
+    mine = share_of([sample for sample in samples if not sample.digest], accelerator)
     if mine:
         dtype = DTYPES[cfg.prior_generation_precision]
         transformer = load_transformer(model, dtype).eval().to(accelerator.device)
@@ -1766,14 +1763,13 @@ def generate_class_images(
         groups = [mine[start : start + cfg.sample_batch_size] for start in range(0, len(mine), cfg.sample_batch_size)]
         for group in progress_bar(groups, "generating class pictures", accelerator):
             seeds = [derive_seed(cfg.seed, "class picture", sample.path.name) for sample in group]
-            pictures = draw_pictures(
-                pipeline, [sample.prompt for sample in group], seeds, cfg.resolution, encodings, cfg
-            )
-            for sample, picture in zip(group, pictures):
+            prompts = [sample.prompt for sample in group]
+            for sample, picture in zip(group, draw_pictures(pipeline, prompts, seeds, cfg.resolution, encodings, cfg)):
                 write_file(sample.path, png_bytes(picture))
         del pipeline, transformer
         free_memory()
     accelerator.wait_for_everyone()
+    return [sample if sample.digest else verify_pictures([sample], encodings.folder)[0] for sample in samples]
 
 
 def validation_prompts(cfg: ValidationConfig, is_final: bool) -> list[str]:
@@ -1784,15 +1780,15 @@ def validation_prompts(cfg: ValidationConfig, is_final: bool) -> list[str]:
     return list(cfg.validation_prompt or final)
 
 
-def needed_prompts(samples: list[Sample], missing: list[Sample], cfg: ValidationConfig) -> list[str]:
-    """List the prompts the run will use; the negative one only if guidance will."""
-    drawn = [
-        *validation_prompts(cfg, is_final=False),
-        *validation_prompts(cfg, is_final=True),
-        *(sample.prompt for sample in missing),
+def needed_prompts(samples: list[Sample], cfg: ValidationConfig) -> list[str]:
+    """List the prompts the run will use; the negative one only where guidance will."""
+    drawn = [*validation_prompts(cfg, is_final=False), *validation_prompts(cfg, is_final=True)]
+    drawn += [sample.prompt for sample in samples if not sample.digest]
+    return [
+        *(sample.prompt for sample in samples),
+        *drawn,
+        *[cfg.negative_prompt] * bool(drawn and cfg.guidance_scale),
     ]
-    negative = [cfg.negative_prompt] if drawn and cfg.guidance_scale > 0 else []
-    return [*(sample.prompt for sample in samples), *drawn, *negative]
 
 
 def validation_folder(cfg: OutputConfig, step: int) -> Path:
@@ -2048,7 +2044,8 @@ def make_demo_model(folder: Path) -> None:
     )  # fmt: skip
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8] * 4, layers_per_block=1, latent_channels=16, norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159,
+        block_out_channels=[8] * 4, layers_per_block=1, latent_channels=16, norm_num_groups=4,
+        scaling_factor=0.3611, shift_factor=0.1159,
         use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
     )  # fmt: skip
     transformer = ZImageTransformer2DModel(
@@ -2116,17 +2113,16 @@ def make_accelerator(cfg: Config) -> Accelerator:
 
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
-    output = Path(cfg.output_dir)
+    output, logs = Path(cfg.output_dir), Path(cfg.output_dir) / "logs"
     if accelerator.is_main_process:
         if cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None):
             remove_run(output)
         save_config(cfg)
+        if cfg.report_to != "none":
+            logs.mkdir(exist_ok=True)  # wandb writes elsewhere if its folder is missing
     accelerator.wait_for_everyone()
-    settings = {
-        name: value if isinstance(value, (int, float, str)) else str(value)
-        for name, value in dataclasses.asdict(cfg).items()
-    }
-    accelerator.init_trackers("dreambooth-z-image-lora", config=settings)
+    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(cfg).items()}
+    accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
 
 
 def remove_run(output: Path) -> None:
@@ -2152,33 +2148,26 @@ def main(cfg: Config) -> Path:
     with accelerator.main_process_first():
         instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
         samples = plan_samples(cfg, instance_folder)
-    missing = plan_class_images(cfg, samples)
     scheduler_shift = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")["shift"]
     schedule = make_schedule(cfg, samples, accelerator.num_processes, scheduler_shift)
-    for line in describe_plan([*samples, *missing], cfg, schedule):
+    for line in describe_plan(samples, cfg, schedule):
         say(line)
     prepare_output(cfg, accelerator)
 
     encodings = identify_encodings(cfg, model, accelerator)
-    fill_prompts_cache(needed_prompts(samples, missing, cfg), model, encodings, cfg, accelerator)
-    generate_class_images(missing, cfg, model, encodings, accelerator)
-    samples = in_order([*samples, *verify_pictures(missing, encodings.folder)])
+    fill_prompts_cache(needed_prompts(samples, cfg), model, encodings, cfg, accelerator)
+    samples = generate_class_images(samples, cfg, model, encodings, accelerator)
     if cfg.cache_latents:
         fill_latents_cache(samples, model, encodings, cfg, accelerator)
 
-    transformer = load_transformer(model, DTYPES[cfg.mixed_precision])
+    transformer = load_transformer(model, DTYPES[cfg.mixed_precision], cfg.gradient_checkpointing)
     parameters = add_lora(transformer, layers, cfg, cfg.seed)
     say(describe_lora(parameters, layers, cfg))
-    if cfg.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(parameters, cfg)
-    transformer, optimizer = accelerator.prepare(
-        transformer, optimizer
-    )  # neither batches nor learning rate: both are ours
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
 
     progress = resume(accelerator, cfg, transformer, optimizer)
-    first = progress.step * cfg.gradient_accumulation_steps
-    batches = make_batches(samples, model, encodings, cfg, accelerator, first)
+    batches = make_batches(samples, model, encodings, cfg, accelerator, progress.step)
     if progress.step == 0:
         validate(cfg, accelerator, transformer, model, encodings, progress.step)
     steps = train(cfg, accelerator, transformer, optimizer, batches, schedule, progress)
@@ -2187,9 +2176,7 @@ def main(cfg: Config) -> Path:
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         log_metrics(accelerator, cfg, metrics, schedule, progress.step)
         is_last = progress.step == schedule.max_train_steps
-        if (
-            schedule.is_validation_step(progress.step) and not is_last
-        ):  # after the last step the file is sampled, below
+        if schedule.is_validation_step(progress.step) and not is_last:
             validate(cfg, accelerator, transformer, model, encodings, progress.step)
         if is_last or progress.step % cfg.checkpointing_steps == 0:
             save_checkpoint(accelerator, cfg, transformer, optimizer, progress.step)

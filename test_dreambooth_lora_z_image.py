@@ -1,0 +1,1591 @@
+"""What `train_dreambooth_lora_z_image.py` promises, on CPU, with tiny models made on the spot and no network.
+
+Run everything with `python -m pytest`; `-m benchmark` runs the measurements of memory instead.
+"""
+
+import ast
+import collections
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from diffusers.optimization import SchedulerType, get_scheduler
+from PIL import Image
+from safetensors.torch import load_file, safe_open, save_file
+from torch import nn
+
+import train_dreambooth_lora_z_image as z
+from train_dreambooth_lora_z_image import Config, UserError, main, parse_config
+
+warnings.filterwarnings(
+    "ignore", category=pytest.PytestUnknownMarkWarning
+)  # there is no ini file to register marks in
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "train_dreambooth_lora_z_image.py"
+README = (HERE / "README.md").read_text(encoding="utf-8")
+CPU = torch.device("cpu")
+LONG = ("benchmark", "soak", "ablation")
+
+
+@pytest.fixture(autouse=True)
+def _only_when_named(request):
+    """Skip long tests unless their mark is named on the command line."""
+    for mark in LONG:
+        if request.node.get_closest_marker(mark) and mark not in request.config.getoption("-m"):
+            pytest.skip(f"long: run it with -m {mark}")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Let every test choose its precision; accelerate keeps it while the process lives, with no public reset."""
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny random Z-Image checkpoint."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-z-image"
+    z.make_demo_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    """One cache for all tests: it is keyed by content, so they cannot disturb each other."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def draw(path, size=(64, 64), color=(200, 30, 30), **options):
+    """Write a picture with some structure in it."""
+    image = Image.new("RGB", size, color)
+    image.paste((20, 60, 220), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Five square pictures."""
+    for number in range(5):
+        draw(tmp_path / "pictures" / f"{number}.png", color=(50 * number, 200 - 30 * number, 90))
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def make_config(model, pictures, tmp_path, shared_cache):
+    """A small config in fp32; keyword arguments vary it."""
+
+    def make(**changes):
+        defaults = {
+            "pretrained_model_name_or_path": str(model),
+            "instance_data_dir": str(pictures),
+            "instance_prompt": "a photo of sks dog",
+            "output_dir": str(tmp_path / "out"),
+            "cache_dir": str(shared_cache),
+            "resolution": 32,
+            "rank": 4,
+            "learning_rate": 1e-2,
+            "mixed_precision": "no",
+            "max_train_steps": 2,
+            "num_inference_steps": 2,
+            "num_validation_images": 1,
+            "cache_latents": True,
+        }
+        return Config(**(defaults | changes))
+
+    return make
+
+
+def metrics_of(cfg):
+    """Read metrics.jsonl without its times."""
+    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def losses_of(cfg):
+    """Read the loss curve."""
+    return [row["loss"] for row in metrics_of(cfg)]
+
+
+def lora_bytes(cfg):
+    """Read the LoRA file."""
+    return (Path(cfg.output_dir) / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def run_script(*arguments, cwd=None, env=None, without_torch=False, tmp_path=None):
+    """Run the script as a process; with `without_torch`, importing torch would end it with status 99."""
+    env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", **(env or {})}
+    if without_torch:
+        poison = tmp_path / "poison" / "torch.py"
+        poison.parent.mkdir(exist_ok=True)
+        poison.write_text("import os; os._exit(99)")
+        env["PYTHONPATH"] = str(poison.parent)
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+# =====================================================================================================================
+# The house
+# =====================================================================================================================
+
+
+def depth_of(node, inside=0):
+    """How deep statements are nested; `elif` does not count."""
+    deepest = inside
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST):
+                continue
+            is_elif = name == "orelse" and isinstance(node, ast.If) and isinstance(child, ast.If)
+            nests = isinstance(child, (ast.For, ast.While, ast.If, ast.With, ast.Try)) and not is_elif
+            deepest = max(deepest, depth_of(child, inside + nests))
+    return deepest
+
+
+def broken_house_rules(source):
+    """List every function that is too long, too deep, too wide, undocumented, unannotated or hidden in another."""
+    broken, tree = [], ast.parse(source)
+    broken += [f"line {n.lineno}: global" for n in ast.walk(tree) if isinstance(n, (ast.Global, ast.Nonlocal))]
+    broken += [f"line {i}: over 119 columns" for i, line in enumerate(source.splitlines(), 1) if len(line) > 119]
+    for f in (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))):
+        arguments = f.args.args + f.args.kwonlyargs if isinstance(f, ast.FunctionDef) else []
+        arguments = [a for a in arguments if a.arg not in ("self", "cls")]
+        rules = {
+            "over 60 lines": isinstance(f, ast.FunctionDef) and f.end_lineno - f.lineno >= 60,
+            "nested deeper than 4": isinstance(f, ast.FunctionDef) and depth_of(f) > 4,
+            "more than 7 parameters": len(arguments) > 7,
+            "no docstring": not f.name.startswith("__") and ast.get_docstring(f) is None,
+            "a parameter without a type": any(a.annotation is None for a in arguments),
+            "a result without a type": isinstance(f, ast.FunctionDef) and f.returns is None,
+            "hidden inside another": isinstance(f, ast.FunctionDef)
+            and any(isinstance(n, ast.FunctionDef) for n in ast.walk(f) if n is not f),
+        }
+        broken += [f"{f.name}: {rule}" for rule, is_broken in rules.items() if is_broken]
+    return broken
+
+
+def test_house_rules():
+    assert broken_house_rules(SCRIPT.read_text(encoding="utf-8")) == []
+
+
+def test_house_rules_find_what_they_forbid():
+    bad = (
+        "def f(a, b: int):\n    global x\n"
+        + "".join("    " * i + f"if a > {i}:\n" for i in range(1, 7))
+        + " " * 28
+        + "pass\n"
+    )
+    found = broken_house_rules(bad)
+    assert {"f: nested deeper than 4", "f: no docstring", "f: a parameter without a type", "line 2: global"} <= set(
+        found
+    )
+
+
+def test_map_of_sections_is_true():
+    source = SCRIPT.read_text(encoding="utf-8")
+    banners = re.findall(r"^# =+\n# (.+)\n# =+$", source, re.M)
+    listed = re.findall(r"^    ([A-Z][\w ]+?)  +\S", ast.get_docstring(ast.parse(source), clean=False), re.M)
+    assert banners == listed and len(banners) == 10
+
+
+def test_sections_use_only_what_stands_above():
+    """A section's functions call its own and those of the sections above it."""
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    defined = {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    source = SCRIPT.read_text(encoding="utf-8").splitlines()
+    starts = [i for i, line in enumerate(source, 1) if re.match(r"# =+$", line)][::2]
+    section = lambda line: sum(line >= start for start in starts)  # noqa: E731
+    upward = [
+        f"{f.name} -> {n.id}"
+        for f in tree.body
+        if isinstance(f, ast.FunctionDef)
+        for n in ast.walk(f)
+        if isinstance(n, ast.Name) and n.id in defined and section(defined[n.id]) > section(f.lineno)
+    ]
+    assert upward == []
+
+
+def test_every_flag_is_read_somewhere():
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
+    assert {f.name for f in dataclasses.fields(Config)} - read == set()
+
+
+def test_requirements_agree():
+    wanted = (HERE / "requirements_z_image.txt").read_text().split()
+    block = re.search(r"# /// script\n(.*?)# ///", SCRIPT.read_text(encoding="utf-8"), re.S)[1]
+    assert re.findall(r'"([\w]+>=[\d.]+)"', block) == wanted
+    names = {re.split(">=", line)[0] for line in wanted}
+    assert names == {
+        "torch", "diffusers", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "prodigyopt", "wandb",
+        "huggingface_hub", "Pillow",
+    }  # fmt: skip
+
+
+# =====================================================================================================================
+# README
+# =====================================================================================================================
+
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+BY_CI = [text for kind, text in BLOCKS if kind == "bash" and text.startswith("pip install")]
+COMMANDS = [text for kind, text in BLOCKS if kind == "bash" and not text.startswith("pip install")]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+SMALL = "--resolution=32 --max_train_steps=2 --num_inference_steps=2 --num_validation_images=1"
+
+
+def test_readme_blocks_are_known():
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text"}
+    assert len(BY_CI) == 2 and len(COMMANDS) == 4 and len(SNIPPETS) == 2
+
+
+def test_ci_runs_the_two_commands_of_the_readme():
+    lines = (HERE / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("pip install -r")] == [text.strip() for text in BY_CI]
+
+
+@pytest.fixture
+def workplace(tmp_path, model):
+    """A folder as the README's reader has it: the script, and pictures in `dog` as snapshot_download leaves them."""
+    shutil.copy(SCRIPT, tmp_path)
+    for number, size in enumerate([(64, 64), (96, 64), (64, 96), (48, 80), (80, 80)]):
+        draw(tmp_path / "dog" / f"dog-{number}.jpeg", size)
+    (tmp_path / "dog" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "dog" / ".cache" / "huggingface" / "dog.jpeg").write_bytes(b"not a picture")
+    (tmp_path / "dog" / ".gitattributes").write_text("*.jpeg filter=lfs\n")
+    return tmp_path
+
+
+def run_block(text, workplace, model, more=""):
+    """Run a fenced command with nothing changed but the model, the sizes and the number of steps."""
+    text = text.replace("Tongyi-MAI/Z-Image", str(model)).rstrip()
+    text = re.sub(r"--max_train_steps=(\d+)", lambda m: f"--max_train_steps={2 * int(m[1]) // 500}", text)
+    text = re.sub(r"--(resolution)=1024", r"--\1=32", text)
+    text = re.sub(r"(\d+),(\d+)(?=[;\"])", lambda m: f"{int(m[1]) // 16 // 8 * 16},{int(m[2]) // 16 // 8 * 16}", text)
+    text = text.replace("--num_class_images=100", "--num_class_images=3")
+    env = {
+        **os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HOME": str(workplace / "hf"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", f"set -e\n{text} {more}"], cwd=workplace, env=env, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_readme_main_command_then_resume_then_inference(workplace, model):
+    """The main command, the one that continues from its config.json, and inference with the result."""
+    more = "--num_inference_steps=2 --num_validation_images=1 --rank=2"
+    done = run_block(COMMANDS[0], workplace, model, more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "constant has no warm-up" in done.stdout and "constant_with_warmup" in done.stdout
+    output = workplace / "trained-z-image-lora"
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+    assert json.loads((output / "config.json").read_text())["guidance_scale"] == 5.0
+    assert list((output / "logs").rglob("*.wandb")), "the tracker wrote nothing"
+    assert {path.name for path in (output / "validation").iterdir()} == {"step-000000", "step-000002"}
+
+    done = run_block(COMMANDS[3], workplace, model)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing from trained-z-image-lora/checkpoint-2, after step 2" in done.stdout
+    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()] == [1, 2, 3, 4]
+
+    snippet = SNIPPETS[0].replace("Tongyi-MAI/Z-Image", str(model)).replace('"cuda"', '"cpu"').replace("1024", "32")
+    snippet = snippet.replace("steps=50", "steps=2").replace("trained-z-image-lora", str(output))
+    exec(snippet.replace("output.png", str(workplace / "output.png")), {})
+    assert Image.open(workplace / "output.png").size == (32, 32)
+
+
+def test_readme_buckets_and_bilingual_prompts(workplace, model):
+    done = run_block(COMMANDS[1], workplace, model, SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"128 x 128 +2 ", done.stdout), "the two square pictures belong to the square bucket"
+    sheet = Image.open(workplace / "trained-z-image-lora-buckets" / "validation" / "step-000002" / "sheet.png")
+    assert sheet.size == (32, 64)
+
+
+def test_readme_prior_preservation(workplace, model):
+    done = run_block(COMMANDS[2], workplace, model, SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in (workplace / "dogs").iterdir()) == [f"class-0000{n}.png" for n in range(3)]
+    assert "generating class pictures" in done.stderr
+
+
+def test_readme_notebook_snippet(workplace, model, monkeypatch):
+    monkeypatch.chdir(workplace)
+    snippet = SNIPPETS[1].replace("Tongyi-MAI/Z-Image", str(model))
+    snippet = snippet.replace("max_train_steps=500", "max_train_steps=1, resolution=32, cache_dir='cache'")
+    exec(snippet, {})
+    shapes = [load_file(f"trained-z-image-lora-rank-{rank}/pytorch_lora_weights.safetensors") for rank in (16, 32)]
+    assert [next(iter(state.values())).shape[0] for state in shapes] == [16, 32]
+
+
+def test_pasted_into_a_notebook_cell(workplace, model):
+    """A real Jupyter kernel: the file in one cell, a run in the next."""
+    import nbclient
+    import nbformat
+
+    run = f"""main(parse_config(["--pretrained_model_name_or_path", {str(model)!r}, "--instance_data_dir", "dog",
+        "--instance_prompt", "a sks dog", "--cache_dir", "cache", "--output_dir", "out", *{SMALL.split()}]))"""
+    cells = [nbformat.v4.new_code_cell(source) for source in (SCRIPT.read_text(encoding="utf-8"), run)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(workplace)}}).execute()
+    assert (workplace / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+# =====================================================================================================================
+# Config
+# =====================================================================================================================
+
+ANCESTOR = """pretrained_model_name_or_path dataset_name dataset_config_name instance_data_dir cache_dir image_column
+caption_column repeats class_data_dir instance_prompt class_prompt max_sequence_length validation_prompt
+skip_final_inference final_validation_prompt num_validation_images validation_epochs rank lora_alpha lora_dropout
+with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution aspect_ratio_buckets
+use_aspect_ratio_buckets center_crop random_flip train_batch_size sample_batch_size num_train_epochs max_train_steps
+checkpointing_steps checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing
+learning_rate guidance_scale text_encoder_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power weighting_scheme
+logit_mean logit_std mode_scale optimizer adam_beta1 adam_beta2 prodigy_beta3 prodigy_decouple adam_weight_decay
+adam_weight_decay_text_encoder lora_layers adam_epsilon prodigy_use_bias_correction prodigy_safeguard_warmup
+max_grad_norm cache_latents report_to mixed_precision upcast_before_saving prior_generation_precision local_rank"""
+
+NEEDED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
+
+
+def test_help_and_a_mistyped_flag_answer_without_torch(tmp_path):
+    done = run_script("--help", without_torch=True, tmp_path=tmp_path)
+    assert done.returncode == 0
+    assert [name for name in ANCESTOR.split() if f"--{name} " not in done.stdout] == []
+    done = run_script(*NEEDED, "--learning_rat=1", without_torch=True, tmp_path=tmp_path)
+    assert done.returncode == 2 and "unrecognized arguments: --learning_rat=1" in done.stderr
+
+
+def test_defaults():
+    cfg = parse_config(NEEDED)
+    assert (cfg.resolution, cfg.rank, cfg.lora_alpha, cfg.lora_scale, cfg.train_batch_size) == (1024, 16, None, 1, 1)
+    assert (cfg.lr_warmup_steps, cfg.seed, cfg.weighting_scheme, cfg.timestep_shift) == (0, 0, "logit_normal", "1")
+    assert (cfg.checkpointing_steps, cfg.report_to, cfg.mixed_precision, cfg.guidance_scale) == (
+        500,
+        "none",
+        "bf16",
+        4.0,
+    )
+    assert cfg.num_inference_steps == 28
+    assert z.make_schedule(cfg, [sample(0)], 1, 1.0).max_train_steps == 1500
+
+
+def test_flags_as_people_write_them():
+    cfg = parse_config(
+        [*NEEDED, "--optimizer=adamW", "--gradient_accumulation=4", "--prodigy_decouple", "false", "--seed=0",
+         "--lora_layers=to_k,to_q", "--validation_prompt", "a, b", "c", "--random_flip"]
+    )  # fmt: skip
+    assert (cfg.optimizer, cfg.gradient_accumulation_steps, cfg.prodigy_decouple) == ("adamw", 4, False)
+    assert cfg.validation_prompt == ("a, b", "c") and cfg.random_flip and cfg.lora_layers == "to_k,to_q"
+
+
+def test_config_round_trip(make_config, tmp_path):
+    cfg = make_config(validation_prompt=("一只sks狗的照片", "b"), lora_alpha=2.5, overwrite_output_dir=True)
+    z.save_config(cfg)
+    file = tmp_path / "out" / "config.json"
+    assert "torch" in json.loads(file.read_text())["environment"]
+    assert parse_config(["--config", str(file)]) == dataclasses.replace(cfg, overwrite_output_dir=False)
+    assert parse_config(["--config", str(file), "--rank=7"]).rank == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read as JSON"), ("[1]", "one JSON object"), ('{"rnak": 3}', "do not exist: rnak"),
+        ('{"rank": "3a"}', "rank"), ('{"rank": 2.5}', "--rank does not take 2.5"), (None, "cannot be read"),
+        ('{"optimizer": "sgd"}', "--optimizer does not take 'sgd'; it takes adamw or prodigy"),
+    ],
+)  # fmt: skip
+def test_bad_config_files(content, words, tmp_path, capsys):
+    file = tmp_path / "c.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        parse_config([*NEEDED, "--config", str(file)])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 0}, "--rank must be at least 1, got 0"),
+        ({"max_train_steps": -5}, "--max_train_steps must be at least 1, got -5"),
+        ({"resolution": 100}, "--resolution must be a multiple of 16"),
+        ({"aspect_ratio_buckets": "1024,1000"}, "--aspect_ratio_buckets: sides must be multiples of 16, got 1000"),
+        ({"aspect_ratio_buckets": "1024x1024"}, "--aspect_ratio_buckets reads 'height,width"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is refused"),
+        ({"prior_generation_precision": "fp16"}, "--prior_generation_precision fp16 is refused"),
+        ({"optimizer": "lion"}, "--optimizer does not take 'lion'"),
+        ({"instance_data_dir": None}, "--instance_data_dir or with --dataset_name"),
+        ({"dataset_name": "x"}, "one of the two"),
+        ({"with_prior_preservation": True}, "needs --class_data_dir"),
+        ({"timestep_shift": "nan"}, "--timestep_shift takes a number above 0 or 'scheduler'"),
+        ({"timestep_shift": "0"}, "--timestep_shift"),
+        ({"learning_rate": math.nan}, "--learning_rate must be above 0"),
+        ({"lora_dropout": 1.0}, "--lora_dropout must be below 1"),
+        ({"lr_scheduler": "piecewise_constant"}, "need each other"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "0.1,a:3"}, "--lr_step_rules reads"),
+        ({"validation_prompt": "text"}, "--validation_prompt does not take 'text'"),
+        ({"repeats": True}, "--repeats does not take True"),
+        ({"caption_column": "text"}, "--caption_column belongs to --dataset_name"),
+        ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is required"),
+    ],
+)
+def test_config_refuses(changes, words, make_config):
+    with pytest.raises(UserError) as refusal:
+        make_config(**changes)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_encoder_lr": 1e-5}, "--text_encoder_lr"),
+        ({"adam_weight_decay_text_encoder": 1e-5}, "--adam_weight_decay_text_encoder"),
+        ({"local_rank": 0}, "--local_rank"),
+        ({"lr_warmup_steps": 100}, "constant_with_warmup"),
+        ({"optimizer": "prodigy"}, "--learning_rate 0.01 is low for Prodigy"),
+        ({"class_prompt": "dog"}, "--with_prior_preservation"),
+        ({"final_validation_prompt": "a", "validation_prompt": ("b",)}, "--final_validation_prompt"),
+        ({"cache_latents": True, "random_flip": True}, "at its centre, with its mirror image"),
+    ],
+)
+def test_advice(changes, words, make_config):
+    quiet = {"cache_latents": False}
+    assert list(z.advice(make_config(**quiet))) == []
+    lines = list(z.advice(make_config(**(quiet | changes))))
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_advice_names_a_precision_that_does_not_count(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert any("fp8" in line for line in z.advice(make_config()))
+
+
+# =====================================================================================================================
+# Data plan
+# =====================================================================================================================
+
+
+def sample(number, bucket=(32, 32), is_prior=False):
+    """A sample that need not exist."""
+    return z.Sample(Path(f"{number}.png"), bucket, bucket, "p", False, is_prior, f"digest {number}")
+
+
+def test_find_files_is_sorted_recursive_and_skips_hidden_ones(tmp_path):
+    for name in ("b/1.PNG", "a.jpeg", ".hidden.png", ".cache/x.png", "b/.git/y.png", "Thumbs.db", "名前.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    found = [path.relative_to(tmp_path).as_posix() for path in z.find_files(tmp_path)]
+    assert found == ["Thumbs.db", "a.jpeg", "b/1.PNG", "名前.webp"]
+
+
+def test_other_files_and_damaged_pictures_are_named(make_config, pictures, capsys):
+    (pictures / "notes.md").write_text("x")
+    (pictures / ".DS_Store").write_bytes(b"x")
+    (pictures / "zero.jpg").write_bytes(b"")
+    whole = draw(pictures / "cut.jpg", (300, 300)).read_bytes()
+    (pictures / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    samples = z.plan_samples(make_config(), pictures)
+    said = capsys.readouterr().out
+    assert len(samples) == 5 and "notes.md" in said and "DS_Store" not in said
+    assert re.search(r"warning: .*cut.jpg is damaged", said) and re.search(r"warning: .*zero.jpg cannot be read", said)
+
+
+def test_refused_if_every_picture_is_damaged(make_config, tmp_path):
+    whole = draw(tmp_path / "one" / "cut.jpg", (300, 300)).read_bytes()
+    (tmp_path / "one" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="every picture in .*one is damaged"):
+        z.plan_samples(make_config(), tmp_path / "one")
+
+
+def test_a_good_picture_is_decoded_only_once(make_config, pictures, monkeypatch, tmp_path):
+    cfg = make_config(cache_dir=str(tmp_path / "fresh"))
+    z.plan_samples(cfg, pictures)
+    monkeypatch.setattr(z, "load_picture", lambda path: pytest.fail(f"{path} was decoded again"))
+    assert len(z.plan_samples(cfg, pictures)) == 5
+
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "P", "L", "1", "RGBA", "LA", "PA", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    path = tmp_path / "x.tif"
+    gray = Image.linear_gradient("L").resize((32, 32))
+    if mode in ("I;16", "I"):
+        image = gray.convert("I").point(lambda v: v * 257)
+        image = image.convert("I;16") if mode == "I;16" else image
+    elif mode == "F":
+        image = gray.convert("F").point(lambda v: v * (1 / 255))
+    elif mode == "PA":
+        image, path = gray.convert("RGBA").quantize(), tmp_path / "x.png"
+    else:
+        image = gray.convert("LA" if mode == "LA" else mode)
+    image.save(path)
+    loaded = z.load_picture(path)
+    assert loaded.mode == "RGB" and loaded.size == (32, 32)
+    dark, bright = loaded.getpixel((16, 1))[0], loaded.getpixel((16, 30))[0]
+    assert bright - dark > 150, (mode, dark, bright)
+
+
+def test_transparency_lies_over_white(tmp_path):
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "b.webp", lossless=True)
+    assert z.load_picture(tmp_path / "a.png").getpixel((3, 3)) == WHITE
+    assert z.load_picture(tmp_path / "b.webp").getpixel((3, 3)) == (255, 127, 127)
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, (0, 0, 255))]
+    frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert z.load_picture(tmp_path / "x.webp").getpixel((3, 3)) == RED
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(orientation, tmp_path):
+    upright = Image.new("RGB", (32, 16), WHITE)
+    upright.paste(RED, (0, 0, 8, 8))  # top left
+    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+    stored = upright if back is None else upright.transpose(Image.Transpose(back))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "x.png", exif=exif)
+    assert z.read_size(tmp_path / "x.png") == (16, 32)
+    loaded = z.load_picture(tmp_path / "x.png")
+    assert loaded.size == (32, 16) and loaded.getpixel((2, 2)) == RED and loaded.getpixel((30, 14)) == WHITE
+
+
+def test_captions(make_config, pictures):
+    (pictures / "0.txt").write_text("\ufeff一只sks狗的照片\n", encoding="utf-8")
+    (pictures / "1.caption").write_text("from caption")
+    (pictures / "0.caption").write_text("second choice")
+    rows = [{"file_name": f"{n}.png", key: f"from {key}"} for n, key in ((2, "text"), (3, "caption"), (1, "prompt"))]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    scan = z.scan_pictures(pictures, "default", False, make_config())
+    prompts = [sample.prompt for sample in scan.samples]
+    assert prompts == ["一只sks狗的照片", "from caption", "from text", "from caption", "default"]
+    assert [sample.has_caption for sample in scan.samples] == [True] * 4 + [False] and scan.others == []
+
+
+def test_instance_prompt_is_required_only_without_captions(make_config, pictures):
+    cfg = make_config(instance_prompt=None)
+    with pytest.raises(UserError, match="--instance_prompt is required: .*0.png has no caption"):
+        z.check_inputs(cfg)
+    for number in range(5):
+        (pictures / f"{number}.txt").write_text("own")
+    z.check_inputs(cfg)
+
+
+def test_nearest_bucket_goes_by_log_aspect_then_area():
+    buckets = [(32, 512), (512, 512), (1024, 1024), (1024, 512)]
+    assert z.nearest_bucket((900, 450), buckets) == (1024, 512)
+    assert z.nearest_bucket((500, 500), buckets) == (512, 512)
+    assert z.nearest_bucket((2000, 2000), buckets) == (1024, 1024)
+    # |h * bw - w * bh| would take the small bucket for a picture whose shape is the large one's, but for a pixel
+    assert z.nearest_bucket((1000, 1010), [(1024, 1024), (16, 32)]) == (1024, 1024)
+    assert z.nearest_bucket((480, 640), [(640, 480), (480, 640)]) == (480, 640)
+
+
+@pytest.mark.parametrize("resolution", [32, 256, 512, 1024, 1536])
+def test_automatic_buckets(resolution):
+    buckets = z.make_buckets(resolution)
+    assert (resolution, resolution) in buckets and len(set(buckets)) == len(buckets)
+    assert all(h % 16 == w % 16 == 0 and h * w <= resolution**2 for h, w in buckets)
+    assert {(w, h) for h, w in buckets} == set(buckets)
+
+
+def test_automatic_buckets_never_enlarge(make_config):
+    cfg = make_config(use_aspect_ratio_buckets=True, resolution=256)
+    for size in itertools.product((17, 40, 100, 256, 300, 1000), repeat=2):
+        bucket = z.choose_bucket(size, cfg)
+        assert bucket[0] <= size[0] and bucket[1] <= size[1], (size, bucket)
+    assert z.choose_bucket((2000, 1000), cfg)[0] > 256 > z.choose_bucket((2000, 1000), cfg)[1]
+    assert z.choose_bucket((10, 900), cfg) is None
+
+
+def test_samples_follow_their_buckets(make_config, tmp_path):
+    for name, size in {"wide": (96, 48), "tall": (48, 96), "square": (90, 90)}.items():
+        draw(tmp_path / "shapes" / f"{name}.png", size)
+    cfg = make_config(aspect_ratio_buckets="32,32;32,64;64,32")
+    samples = z.plan_samples(cfg, tmp_path / "shapes")
+    assert {s.path.stem: s.bucket for s in samples} == {"square": (32, 32), "tall": (64, 32), "wide": (32, 64)}
+    for s in samples:
+        assert z.load_pixels(s, z.Augmentation(False, z.CENTRE)).shape == (3, *s.bucket)
+
+
+def shown(samples, cfg, batches, size):
+    """Count how often each sample is shown in the first micro-batches."""
+    stream = itertools.islice(z.micro_batches(samples, cfg, size), batches)
+    return collections.Counter(draw.sample for batch in stream for draw in batch)
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_five_pictures_of_five_shapes_are_seen_equally_often(batch, processes, make_config):
+    cfg, size = make_config(train_batch_size=batch), batch * processes
+    samples = [sample(n, (32, 32 + 16 * n)) for n in range(5)]
+    for draws in z.micro_batches(samples, cfg, size):
+        assert len({samples[draw.sample].bucket for draw in draws}) == 1 and len(draws) == size
+        break
+    counts = shown(samples, cfg, 40, size)
+    assert len(counts) == 5 and max(counts.values()) - min(counts.values()) <= size
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prior_preservation_uses_every_picture_equally_often(batch, make_config):
+    cfg = make_config(with_prior_preservation=True, class_data_dir="c", class_prompt="dog", train_batch_size=batch)
+    samples = [sample(n) for n in range(5)] + [sample(5 + n, is_prior=True) for n in range(7)]
+    counts = shown(samples, cfg, 210 // batch, batch)
+    instances, classes = [counts[n] for n in range(5)], [counts[n] for n in range(5, 12)]
+    assert sum(instances) == sum(classes) == 105
+    assert max(instances) - min(instances) <= batch and max(classes) - min(classes) <= batch
+
+
+def test_an_epoch_is_a_permutation_and_depends_on_seed_and_epoch(make_config):
+    samples = [sample(n) for n in range(20)]
+    orders = {}
+    for seed in (0, 1):
+        draws = [d.sample for d in itertools.islice(z.example_stream(samples, make_config(seed=seed)), 40)]
+        orders[seed, 0], orders[seed, 1] = draws[:20], draws[20:]
+    assert all(sorted(order) == list(range(20)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert [d.number for d in itertools.islice(z.example_stream(samples, make_config()), 5)] == [0, 1, 2, 3, 4]
+
+
+def test_plan_refuses_a_bucket_that_never_trains_and_tells_of_short_runs(make_config):
+    samples = [sample(n) for n in range(9)] + [sample("lonely", (32, 64))]
+    cfg = make_config(train_batch_size=4, max_train_steps=4)
+    with pytest.raises(UserError, match=r"bucket 32,64 never fills a batch of 4.*lonely.png.*--train_batch_size"):
+        z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    cfg = make_config(train_batch_size=4, max_train_steps=1)
+    lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    assert any("shorter than one epoch" in line for line in lines)
+    cfg = make_config(train_batch_size=4, max_train_steps=20)
+    text = "\n".join(z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0)))
+    assert "fewer pictures than a batch of 4" in text and "80 examples = 8.0 epochs of 10" in text
+
+
+def test_plan_states_how_often_pictures_are_seen_and_what_validation_costs(make_config):
+    samples = [sample(n) for n in range(5)]
+    cfg = make_config(max_train_steps=100, validation_prompt=("a",), num_validation_images=4, num_inference_steps=10)
+    cfg = dataclasses.replace(cfg, validation_steps=50)
+    lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    assert re.search(r"32 x 32 +5 +0 +0 +1 +20 ", lines[1])
+    # before, after 50 and after the last step: 3 x 4 pictures x 10 steps x 2 for guidance, against 3 passes a picture
+    assert "3 times 4 pictures of 10 steps = 240 forward passes, about 44 %" in lines[-1]
+
+
+def test_validation_steps(make_config):
+    samples = [sample(n) for n in range(5)]
+    cfg = make_config(validation_epochs=2, train_batch_size=2, gradient_accumulation_steps=2)
+    schedule = z.make_schedule(cfg, samples, 1, 1.0)  # 10 examples between validations, 4 per step
+    assert [step for step in range(9) if schedule.is_validation_step(step)] == [0, 3, 5, 8]
+    cfg = dataclasses.replace(cfg, validation_steps=4)
+    schedule = z.make_schedule(cfg, samples, 3, 1.0)
+    assert [step for step in range(9) if schedule.is_validation_step(step)] == [0, 4, 8]
+
+
+def test_steps_from_epochs(make_config):
+    samples = [sample(n) for n in range(5)] + [sample(5, is_prior=True)]
+    cfg = make_config(max_train_steps=None, num_train_epochs=3, repeats=2, train_batch_size=2)
+    assert z.make_schedule(cfg, samples, 2, 1.0).max_train_steps == math.ceil(3 * 10 / 4)
+    cfg = dataclasses.replace(cfg, with_prior_preservation=True, class_data_dir="c", class_prompt="p")
+    assert z.make_schedule(cfg, samples, 1, 1.0).epoch_examples == 20
+
+
+def test_dataset_folder(make_config, tmp_path, capsys):
+    """A local data set as `datasets` reads it: pictures and captions become samples."""
+    for number in range(3):
+        draw(tmp_path / "set" / "train" / f"{number}.png", (40 + number, 40))
+    rows = [{"file_name": f"{n}.png", "words": f"caption {n}"} for n in range(3)]
+    (tmp_path / "set" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"instance_data_dir": None, "dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
+    cfg = make_config(**changes, caption_column="words")
+    z.check_inputs(cfg)
+    samples = z.plan_samples(cfg, z.export_dataset(cfg))
+    assert sorted((s.prompt, s.size) for s in samples) == [(f"caption {n}", (40, 40 + n)) for n in range(3)]
+    cfg = make_config(**changes)
+    assert {s.prompt for s in z.plan_samples(cfg, z.export_dataset(cfg))} == {"a photo of sks dog"}
+    with pytest.raises(UserError, match="--caption_column txt is no column of the dataset; it has image, words"):
+        z.export_dataset(make_config(**changes, caption_column="txt"))
+    with pytest.raises(UserError, match="--image_column words"):
+        z.export_dataset(make_config(**changes, image_column="words"))
+    with pytest.raises(UserError, match="--dataset_name .*nowhere cannot be loaded"):
+        z.export_dataset(make_config(**(changes | {"dataset_name": str(tmp_path / "nowhere")})))
+
+
+# Each entry makes one mistake in a folder that would otherwise train, and gives the words of the answer.
+MISTAKES = {
+    "no folder": (lambda w: ["--instance_data_dir=cats"], "--instance_data_dir cats does not exist"),
+    "empty folder": (lambda w: (w / "empty").mkdir() or ["--instance_data_dir=empty"], "holds no picture"),
+    "no readable picture": (
+        lambda w: (w / "text").mkdir() or (w / "text" / "x.png").write_text("x") and ["--instance_data_dir=text"],
+        "holds no picture that can be read (1 are damaged",
+    ),
+    "caption in Latin-1": (
+        lambda w: (w / "dog" / "dog-0.txt").write_bytes(b"caf\xe9") and [],
+        "dog-0.txt is not UTF-8",
+    ),
+    "metadata names a missing file": (
+        lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n') and [],
+        "metadata.jsonl, line 1 names gone.png",
+    ),
+    "metadata leaves the folder": (
+        lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "../x.png", "text": "x"}\n') and [],
+        "metadata.jsonl, line 1 names ../x.png",
+    ),
+    "metadata is no JSON": (
+        lambda w: (w / "dog" / "metadata.jsonl").write_text("file_name: x\n") and [],
+        "metadata.jsonl, line 1 is not a JSON object",
+    ),
+    "bucket": (lambda w: ["--aspect_ratio_buckets=100,64"], "--aspect_ratio_buckets: sides must be multiples of 16"),
+    "rank 0": (lambda w: ["--rank=0"], "--rank must be at least 1"),
+    "negative steps": (lambda w: ["--max_train_steps=-1"], "--max_train_steps must be at least 1"),
+    "optimizer": (lambda w: ["--optimizer=lion"], "--optimizer: invalid choice: 'lion'"),
+    "fp16": (lambda w: ["--mixed_precision=fp16"], "--mixed_precision fp16 is refused"),
+    "component missing": (lambda w: shutil.rmtree(w / "model" / "vae") or [], "model has no vae/config.json"),
+    "weights missing": (
+        lambda w: (w / "model" / "vae" / "diffusion_pytorch_model.safetensors").unlink() or [],
+        "model/vae has no weights",
+    ),
+    "no model": (lambda w: ["--pretrained_model_name_or_path=/no/such"], "/no/such does not exist"),
+    "output is a file": (lambda w: (w / "out").write_text("x") and [], "--output_dir out: out is a file"),
+    "output holds others' files": (
+        lambda w: (w / "out").mkdir() or (w / "out" / "README.md").write_text("x") and [],
+        "--output_dir out holds README.md, which this program did not write",
+    ),
+    "output holds a run": (
+        lambda w: (w / "out" / "checkpoint-2").mkdir(parents=True)
+        or (w / "out" / "checkpoint-2" / "state.json").write_text("{}") and [],
+        "holds another run; continue it with --resume_from_checkpoint latest",
+    ),
+    "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "--resume_from_checkpoint dog is no checkpoint"),
+    "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
+    "no prompt": (lambda w: ["--config=c.json"] if (w / "c.json").write_text('{"instance_prompt": 3}') else [], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_answered_in_a_sentence_before_torch(mistake, workplace, model):
+    make, words = MISTAKES[mistake]
+    shutil.copytree(model, workplace / "model")
+    flags = [
+        "--pretrained_model_name_or_path=model",
+        "--instance_data_dir=dog",
+        "--output_dir=out",
+        "--cache_dir=cache",
+    ]
+    more = make(workplace)
+    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+    prompt = [] if mistake == "no prompt" else ["--instance_prompt=p"]
+    done = run_script(*flags, *prompt, *more, cwd=workplace, without_torch=True, tmp_path=workplace)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert (words or "--instance_prompt does not take 3") in done.stderr
+    assert {path: t for path in workplace.rglob("*") if (t := path.stat().st_mtime_ns) and path in before} == before
+
+
+def test_fp16_from_accelerates_configuration(workplace, model):
+    flags = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p"]
+    env = {"ACCELERATE_MIXED_PRECISION": "fp16"}
+    done = run_script(*flags, cwd=workplace, env=env, without_torch=True, tmp_path=workplace)
+    assert done.returncode == 2 and "accelerate's configuration: fp16 is refused" in done.stderr
+
+
+def test_a_missing_package_gets_its_pip_line(make_config, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delitem(sys.modules, "prodigyopt", raising=False)
+    sys.path_importer_cache.clear()
+    with pytest.raises(UserError, match="pip install prodigyopt"):
+        z.check_packages(make_config(optimizer="prodigy", learning_rate=1.0))
+
+
+def test_a_missing_shard_is_named(model, tmp_path):
+    shutil.copytree(model, tmp_path / "m")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "m" / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="text_encoder lacks model-00001-of-00002.safetensors, model-00002"):
+        z.check_components(tmp_path / "m")
+
+
+# =====================================================================================================================
+# Encoders and caches
+# =====================================================================================================================
+
+
+def encodings_of(cfg, model):
+    """Identify the encodings of a config."""
+    return z.identify_encodings(cfg, Path(model), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("prompt", ["a photo of sks dog", "一只sks狗在桶里的照片", "", "x" * 900])
+def test_prompts_are_encoded_as_the_pipeline_does(prompt, model, capsys):
+    pipe = ZImagePipeline.from_pretrained(model)
+    expected = pipe.encode_prompt(prompt, device=CPU, do_classifier_free_guidance=False)[0][0]
+    encoded = z.encode_prompt(z.load_text_encoder(model, torch.float32, CPU), prompt, 512)
+    assert encoded.shape == expected.shape and torch.allclose(encoded, expected, atol=1e-6)
+    assert ("cut off: 'xx" in capsys.readouterr().out) == (prompt == "x" * 900)
+
+
+def test_text_encoder_saved_as_a_language_model_loads_too(model, tmp_path):
+    """The real checkpoint may hold Qwen3ForCausalLM: other key names, a head nobody needs."""
+    from transformers import Qwen3ForCausalLM, Qwen3Model
+
+    shutil.copytree(model, tmp_path / "m")
+    language_model = Qwen3ForCausalLM(Qwen3Model.from_pretrained(model / "text_encoder").config)
+    language_model.model.load_state_dict(Qwen3Model.from_pretrained(model / "text_encoder").state_dict())
+    language_model.save_pretrained(tmp_path / "m" / "text_encoder")
+    embeddings = [
+        z.encode_prompt(z.load_text_encoder(folder, torch.float32, CPU), "dog", 512)
+        for folder in (model, tmp_path / "m")
+    ]
+    assert torch.equal(*embeddings)
+
+
+def test_images_are_encoded_to_the_scaled_mode(model):
+    vae = z.load_vae(model, torch.float32, CPU)
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    latents = z.encode_images(vae, pixels)
+    assert latents.shape == (2, 16, 4, 6) and latents.dtype == torch.float32
+    with torch.no_grad():
+        mean = vae.encode(pixels).latent_dist.mean
+    assert torch.allclose(latents / 0.3611 + 0.1159, mean, atol=1e-5)
+
+
+def test_pixels_are_cropped_and_mirrored(tmp_path):
+    wide = Image.new("RGB", (96, 32), (0, 0, 0))
+    wide.paste(RED, (0, 0, 32, 32))
+    wide.save(tmp_path / "x.png")
+    s = z.Sample(tmp_path / "x.png", (32, 96), (32, 32), "p", False, False)
+    left = z.load_pixels(s, z.Augmentation(False, (0.0, 0.5)))
+    assert left.min() == -1 and left[0].min() == 1 and left.shape == (3, 32, 32)
+    assert z.load_pixels(s, z.Augmentation(False, (1.0, 0.5))).max() == -1
+    half = z.load_pixels(s, z.Augmentation(False, (0.25, 0.5)))
+    assert torch.equal(z.load_pixels(s, z.Augmentation(True, (0.25, 0.5))), half.flip(-1))
+
+
+def test_augmentation_is_a_function_of_seed_and_number(make_config):
+    def drawn(**changes):
+        cfg = make_config(cache_latents=False, **changes)
+        return [z.draw_augmentation(cfg, n) for n in range(200)]
+
+    plain, flipped = drawn(), drawn(random_flip=True)
+    assert not any(a.is_flipped for a in plain) and 70 < sum(a.is_flipped for a in flipped) < 130
+    assert [a.centering for a in plain] == [a.centering for a in flipped] and len(set(plain)) == 200
+    assert drawn(random_flip=True) == flipped != drawn(random_flip=True, seed=1)
+    assert {a.centering for a in drawn(center_crop=True)} == {(0.5, 0.5)}
+
+
+def test_a_second_run_encodes_nothing_and_says_so(make_config, tmp_path, capsys, monkeypatch):
+    cfg = make_config(cache_dir=str(tmp_path / "fresh"), random_flip=True)
+    main(cfg)
+    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "fresh").rglob("*.safetensors")}
+    assert len(list((tmp_path / "fresh" / "z-image-encodings" / "latents").iterdir())) == 10
+    capsys.readouterr()
+    monkeypatch.setattr(z, "load_text_encoder", lambda *_: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(z, "load_vae", lambda *_: pytest.fail("the VAE was loaded"))
+    main(dataclasses.replace(cfg, output_dir=str(tmp_path / "again")))
+    said = capsys.readouterr().out
+    assert "text encoder is not loaded" in said and "VAE is not loaded" in said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "fresh").rglob("*.safetensors")} == cached
+
+
+def test_changed_ingredients_miss_the_cache(make_config, model, pictures, tmp_path):
+    def files(folder=model, **changes):
+        cfg = make_config(**changes)
+        encodings, s = encodings_of(cfg, folder), z.plan_samples(cfg, pictures)[0]
+        return {encodings.prompt(s.prompt), encodings.latents(s, False), encodings.latents(s, True)}
+
+    seen = files()
+    assert files() == seen and len(seen) == 3
+    prompts = [files(instance_prompt="another") - seen, files(max_sequence_length=99) - seen]
+    assert [len(new) for new in prompts] == [1, 1]
+    assert len(files(mixed_precision="bf16") - seen) == 3
+    assert len(files(resolution=48) - seen) == 2
+    changed = Image.open(pictures / "0.png")
+    changed.putpixel((5, 5), (1, 2, 3))
+    changed.save(pictures / "0.png")
+    assert len(files() - seen) == 2
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, other / "vae" / "diffusion_pytorch_model.safetensors")
+    assert len(files(other) - files()) == 2
+    (other / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert len(files(other) - files()) == 3
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    """Many writers of one file: a reader never sees a part, and no temporary file stays."""
+    path, seen = tmp_path / "x" / "y.bin", set()
+    writers = [threading.Thread(target=z.write_file, args=(path, bytes([n]) * 100_000)) for n in range(8)]
+    for writer in writers:
+        writer.start()
+        if path.exists():
+            seen.add((len(set(path.read_bytes())), path.stat().st_size))
+    for writer in writers:
+        writer.join()
+    seen.add((len(set(path.read_bytes())), path.stat().st_size))
+    assert seen == {(1, 100_000)} and [p.name for p in path.parent.iterdir()] == ["y.bin"]
+
+
+def test_equal_tensors_give_equal_files(tmp_path):
+    metadata = {f"key {n}": str(n) for n in range(20)}
+    for name in "ab":
+        z.save_tensors(tmp_path / name, {"x": torch.arange(6.0).view(2, 3)[:, 1:]}, metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == metadata and file.get_tensor("x").tolist() == [[1, 2], [4, 5]]
+
+
+def test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise(workplace, model):
+    """A hub checkpoint as snapshot_download leaves it below --cache_dir; another name has no network here."""
+    repository = workplace / "cache" / "models--org--tiny"
+    shutil.copytree(model, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    run = """import sys; from train_dreambooth_lora_z_image import *
+cfg = parse_config(sys.argv[1:]); print(find_model(cfg, make_accelerator(cfg)))
+run_or_exit(main, dataclasses.replace(cfg, pretrained_model_name_or_path="org/gone"))"""
+    flags = [
+        "--pretrained_model_name_or_path=org/tiny",
+        "--instance_data_dir=dog",
+        "--instance_prompt=p",
+        "--cache_dir=cache",
+    ]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", run, *flags], cwd=workplace, env=env, capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[0].endswith(os.path.join("models--org--tiny", "snapshots", "abc"))
+    assert (
+        done.returncode == 2
+        and "--pretrained_model_name_or_path org/gone is no folder here and cannot be" in done.stderr
+    )
+
+
+# =====================================================================================================================
+# Transformer and LoRA
+# =====================================================================================================================
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def layers_of(model, lora_layers):
+    """Resolve `--lora_layers`."""
+    return z.resolve_lora_layers(lora_layers, model)
+
+
+def test_lora_layers(model, capsys):
+    blocks = ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"]
+    default = Config.__dataclass_fields__["lora_layers"].default
+    assert set(layers_of(model, default)) == {
+        f"{b}.{part}"
+        for b in blocks
+        for part in [*(f"attention.{a}" for a in ATTENTION), *(f"feed_forward.w{n}" for n in (1, 2, 3))]
+    }
+    assert set(layers_of(model, "to_k,to_q,to_v,to_out.0")) == {
+        f"{b}.attention.{a}" for b in blocks for a in ATTENTION
+    }
+    assert layers_of(model, "layers.1.attention.to_q") == ["layers.1.attention.to_q"]
+    assert set(layers_of(model, "layers.1.attention")) == {f"layers.1.attention.{a}" for a in ATTENTION}
+    aliased = layers_of(model, "ff.net.0.proj, ff.net.2")
+    assert set(aliased) == {f"{b}.feed_forward.w{n}" for b in blocks for n in (1, 2, 3)}
+    assert "ff.net.0.proj means feed_forward.w1 and feed_forward.w3" in capsys.readouterr().out
+
+
+def test_unknown_lora_layers_are_refused_before_weights_are_read(model, tmp_path):
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"no linear layer is called to_x; there are .*layers.N.attention.to_q"):
+        layers_of(tmp_path / "m", "to_q,to_x")
+    with pytest.raises(UserError, match="--lora_layers is empty"):
+        layers_of(tmp_path / "m", ",")
+
+
+def with_lora(model, cfg, dtype=torch.float32, b_std=0.0, **options):
+    """A transformer with a LoRA, whose B matrices are random if `b_std` is given."""
+    transformer = z.load_transformer(Path(model), dtype, **options)
+    parameters = z.add_lora(transformer, layers_of(model, cfg.lora_layers), cfg, cfg.seed)
+    if b_std:
+        torch.manual_seed(1)
+        for name, parameter in transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=b_std)
+    return transformer, parameters
+
+
+def test_lora_is_fp32_seeded_and_alone_trainable(model, make_config):
+    (first, parameters), (_, others) = (
+        with_lora(model, make_config(), torch.bfloat16),
+        with_lora(model, make_config(), torch.bfloat16),
+    )
+    names = [name for name, parameter in first.named_parameters() if parameter.requires_grad]
+    assert len(names) == len(parameters) == 2 * 28 and all("lora_" in name for name in names)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {p.dtype for p in first.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(parameters, others))
+    assert not torch.equal(parameters[0], with_lora(model, make_config(seed=1))[1][0])
+    line = z.describe_lora(parameters, layers_of(model, make_config().lora_layers), make_config(lora_alpha=2.0))
+    assert "28 layers, rank 4, effective scale alpha / rank = 0.5" in line
+
+
+def make_batch(size=2, side=4, is_prior=False, length=9):
+    """A random micro-batch."""
+    generator = torch.Generator().manual_seed(3)
+    return z.Batch(
+        seeds=list(range(size)),
+        latents=torch.randn(size, 16, side, side + 2, generator=generator),
+        prompt_embeds=[torch.randn(length + 20 * n, 32, generator=generator) for n in range(size)],
+        is_prior=torch.full((size,), is_prior),
+    )
+
+
+def gradients(transformer, parameters, cfg, batch):
+    """Backpropagate one loss."""
+    transformer.train()
+    z.training_loss(transformer, batch, cfg, 1.0).backward()
+    return [parameter.grad.clone() for parameter in parameters]
+
+
+def test_gradient_checkpointing_gives_equal_gradients(model, make_config):
+    cfg = make_config()
+    plain, checkpointed = (
+        with_lora(model, cfg, b_std=0.1),
+        with_lora(model, cfg, b_std=0.1, gradient_checkpointing=True),
+    )
+    assert checkpointed[0].is_gradient_checkpointing and not plain[0].is_gradient_checkpointing
+    for a, b in zip(gradients(*plain, cfg, make_batch()), gradients(*checkpointed, cfg, make_batch())):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+# =====================================================================================================================
+# Objective
+# =====================================================================================================================
+
+
+class Oracle(nn.Module):
+    """A transformer that knows the answer and records the call; its answer is in Z-Image's dialect."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity = velocity
+
+    def forward(self, x, t, cap_feats, return_dict):
+        self.call = (x, t, cap_feats)
+        return (list((-self.velocity).unsqueeze(2).unbind(0)),)
+
+
+def test_one_euler_step_along_the_true_velocity_recovers_the_latents():
+    batch, noise = make_batch(3), torch.randn(3, 16, 4, 6)
+    sigmas = torch.tensor([0.1, 0.5, 1.0])
+    noisy = z.mix_noise(batch.latents, noise, sigmas)
+    oracle = Oracle(noise - batch.latents)
+    velocity = z.predict_velocity(oracle, noisy, sigmas, batch.prompt_embeds)
+    assert torch.allclose(noisy - sigmas.view(-1, 1, 1, 1) * velocity, batch.latents, atol=1e-6)
+    x, t, cap_feats = oracle.call
+    assert [tuple(frame.shape) for frame in x] == [(16, 1, 4, 6)] * 3 and torch.equal(t, 1 - sigmas)
+    assert z.flow_matching_loss(velocity, noise - batch.latents, torch.ones(3)) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_velocity_and_euler_steps_agree_with_the_pipeline(steps, model):
+    """Our velocity, driven by the scheduler, gives the pipeline's latents."""
+    pipe = ZImagePipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    embeddings = z.encode_prompt(z.load_text_encoder(model, torch.float32, CPU), "dog", 512)
+    options = {"height": 32, "width": 48, "num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "latent"}
+    expected = pipe(prompt_embeds=[embeddings], latents=latents.clone(), **options).images
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    for index, timestep in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[index]
+        with torch.no_grad():
+            velocity = z.predict_velocity(pipe.transformer, latents, sigma.view(1), [embeddings])
+        by_hand = latents + (scheduler.sigmas[index + 1] - sigma) * velocity
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        assert torch.allclose(by_hand, latents, atol=1e-6)
+    assert torch.allclose(latents, expected, atol=1e-5)
+
+
+def test_captions_must_match_pictures():
+    with pytest.raises(AssertionError, match="zip"):
+        z.predict_velocity(
+            Oracle(torch.zeros(2, 16, 4, 6)), torch.zeros(2, 16, 4, 6), torch.zeros(2), [torch.zeros(3, 32)]
+        )
+
+
+def sigmas_of(make_config, shift=1.0, count=2000, **changes):
+    """Draw many noise levels."""
+    return z.sample_sigmas(list(range(count)), make_config(**changes), shift)
+
+
+def test_noise_levels(make_config):
+    middle = sigmas_of(make_config)
+    assert abs(middle.mean() - 0.5) < 0.02 and abs(((middle < 0.2).float().mean()) - 0.08) < 0.02
+    assert len(middle.unique()) > 1990, "noise levels must be continuous"
+    assert sigmas_of(make_config, logit_mean=1.0).mean() > 0.65
+    assert sigmas_of(make_config, logit_std=0.1).std() < 0.05
+    uniform = sigmas_of(make_config, weighting_scheme="none")
+    assert abs((uniform < 0.2).float().mean() - 0.2) < 0.03
+    assert not torch.equal(
+        sigmas_of(make_config, weighting_scheme="mode"),
+        sigmas_of(make_config, weighting_scheme="mode", mode_scale=0.5),
+    )
+    shifted = sigmas_of(make_config, 3.0, weighting_scheme="none")
+    assert torch.allclose(shifted[uniform > 1e-3], z.shift_sigmas(uniform[uniform > 1e-3], 3.0))
+    assert abs((shifted > 0.8).float().mean() - 0.43) < 0.04
+    assert torch.equal(sigmas_of(make_config, count=10), middle[:10]), "a level depends on its example alone"
+
+
+def test_shift_is_the_schedulers():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    plain = torch.linspace(1, 1 / 1000, 1000)
+    assert torch.allclose(z.shift_sigmas(plain, 6.0), scheduler.sigmas, atol=1e-6)
+
+
+def test_loss_weights():
+    sigmas = torch.tensor([0.1, 0.5, 1.0])
+    assert torch.allclose(z.loss_weights(sigmas, "sigma_sqrt"), torch.tensor([100.0, 4.0, 1.0]))
+    assert z.loss_weights(sigmas, "logit_normal").tolist() == [1, 1, 1]
+    assert torch.allclose(z.loss_weights(sigmas, "cosmap"), 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)))
+
+
+def test_the_smallest_noise_level_keeps_weights_finite(make_config):
+    sigmas = sigmas_of(make_config, logit_mean=-50.0, count=5)
+    assert sigmas.min() >= 1e-3 and z.loss_weights(sigmas, "sigma_sqrt").isfinite().all()
+
+
+def test_class_pictures_count_by_their_weight(make_config):
+    batch = make_batch(3)
+    oracle = Oracle(torch.zeros_like(batch.latents))
+
+    def loss(is_prior, weight):
+        marked = batch._replace(is_prior=torch.tensor(is_prior))
+        return z.training_loss(oracle, marked, make_config(prior_loss_weight=weight), 1.0)
+
+    full = loss([False, False, False], 0.3)
+    assert torch.isclose(loss([True, True, True], 0.3), 0.3 * full)
+    alone = [loss([n != m for n in range(3)], 0.0) for m in range(3)]
+    assert torch.isclose(sum(alone), full) and loss([True, False, True], 1.0) == full
+
+
+def test_noise_follows_from_the_seed_of_the_example_alone():
+    together = z.sample_noise([5, 6, 7], torch.Size((16, 4, 4)))
+    assert torch.equal(together[1:2], z.sample_noise([6], torch.Size((16, 4, 4))))
+    assert abs(z.sample_noise(list(range(50)), torch.Size((16, 8, 8))).std() - 1) < 0.02
+
+
+# =====================================================================================================================
+# Training
+# =====================================================================================================================
+
+
+def run(cfg):
+    """Run main with fresh accelerate state, as a new process would have."""
+    AcceleratorState._reset_state(True)
+    return main(cfg)
+
+
+def test_only_the_lora_moves_and_all_of_it(model, make_config, tmp_path):
+    """In fp32 under bf16, plain AdamW at 1e-4 moves every element; in bf16 it would move a tenth."""
+    run(
+        make_config(
+            mixed_precision="bf16", learning_rate=1e-4, checkpointing_steps=1, max_train_steps=3, adam_weight_decay=0
+        )
+    )
+    first, last = (load_file(tmp_path / "out" / f"checkpoint-{n}" / "lora.safetensors") for n in (1, 3))
+    assert {t.dtype for t in last.values()} == {torch.float32}
+    optimizer = load_file(tmp_path / "out" / "checkpoint-3" / "optimizer.safetensors")
+    assert {t.dtype for t in optimizer.values()} == {torch.float32}
+    moved = torch.cat([(first[n] != last[n]).flatten() for n in first if "lora_A" in n])
+    assert moved.float().mean() > 0.99
+
+
+def test_batch_4_equals_4_accumulated(make_config, tmp_path):
+    curves = []
+    for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+        cfg = make_config(
+            train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_steps=6,
+            output_dir=str(tmp_path / f"b{batch}"), random_flip=True, cache_latents=False,
+        )  # fmt: skip
+        run(cfg)
+        curves.append(losses_of(cfg))
+    assert len(curves[0]) == 6 and len(set(curves[0])) == 6
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=1e-4)
+
+
+EXACT = {
+    "accumulation, mid-epoch": {"gradient_accumulation_steps": 3, "checkpointing_steps": 2},
+    "on the fly, flips, buckets, batch 2": {"cache_latents": False, "random_flip": True, "train_batch_size": 2},
+    "dropout": {"lora_dropout": 0.3},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "bf16": {"mixed_precision": "bf16", "lora_alpha": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_resume_is_exact(name, make_config, tmp_path, capsys):
+    """2N steps equal N, a resume, and N more, to the last bit of the file."""
+    whole = make_config(max_train_steps=6, output_dir=str(tmp_path / "whole"), **EXACT[name])
+    half = dataclasses.replace(whole, max_train_steps=3, output_dir=str(tmp_path / "half"))
+    rest = dataclasses.replace(whole, output_dir=half.output_dir, resume_from_checkpoint="latest")
+    run(whole)
+    run(half)
+    assert lora_bytes(half) != lora_bytes(whole)
+    run(rest)
+    assert "after step 3" in capsys.readouterr().out
+    assert lora_bytes(rest) == lora_bytes(whole)
+    assert metrics_of(rest) == metrics_of(whole) and [row["step"] for row in metrics_of(rest)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_from_an_older_checkpoint_elsewhere_cuts_the_metrics(make_config, tmp_path):
+    cfg = make_config(max_train_steps=4, checkpointing_steps=1)
+    run(cfg)
+    complete, rows = lora_bytes(cfg), metrics_of(cfg)
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "elsewhere")
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # torn by a power cut
+    run(dataclasses.replace(cfg, resume_from_checkpoint=str(tmp_path / "elsewhere")))
+    assert metrics_of(cfg) == rows and lora_bytes(cfg) == complete
+
+
+def test_latest_without_a_checkpoint_starts_afresh(make_config, capsys, tmp_path):
+    (tmp_path / "out" / "checkpoint-foo").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-9").mkdir()  # no state.json: not a checkpoint
+    run(make_config(resume_from_checkpoint="latest"))
+    assert "starting afresh" in capsys.readouterr().out and len(metrics_of(make_config())) == 2
+
+
+def test_resuming_a_finished_run_trains_nothing(make_config):
+    cfg = make_config()
+    run(cfg)
+    before = lora_bytes(cfg), metrics_of(cfg)
+    run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
+    assert (lora_bytes(cfg), metrics_of(cfg)) == before
+
+
+def test_checkpoints_are_whole_rotated_and_without_pickles(make_config, tmp_path):
+    cfg = make_config(max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=2)
+    run(cfg)
+    assert [path.name for path in z.list_checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-5"]
+    files = {path.name for path in (tmp_path / "out" / "checkpoint-5").iterdir()}
+    assert files == {"lora.safetensors", "optimizer.safetensors", "state.json"}
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp"]
+
+
+def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(make_config, tmp_path):
+    run(make_config(max_train_steps=2))
+    cfg = make_config(learning_rate=1e30, max_train_steps=8, resume_from_checkpoint="latest")
+    with pytest.raises(FloatingPointError, match=r"step \d: the loss is (nan|inf).*checkpoint-2.*--learning_rate"):
+        run(cfg)
+    assert all(math.isfinite(loss) for loss in losses_of(cfg))
+    assert [path.name for path in z.list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+def test_one_step_can_be_taken_by_hand(model, make_config):
+    cfg = make_config(gradient_accumulation_steps=2)
+    accelerator = z.make_accelerator(cfg)
+    transformer, parameters = with_lora(model, cfg)
+    transformer, optimizer = accelerator.prepare(transformer, z.make_optimizer(parameters, cfg))
+    progress, schedule = z.Progress(), z.make_schedule(cfg, [sample(0)], 1, 1.0)
+    metrics = next(
+        z.train(cfg, accelerator, transformer, optimizer, itertools.repeat(make_batch()), schedule, progress)
+    )
+    assert progress.step == 1 and set(metrics) == {"loss", "grad_norm", "lr", "seconds"} and metrics["loss"] > 0
+
+
+RULES = {"lr_step_rules": "1:3,0.1:6,0.01"}
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_every_schedule_of_diffusers(name, make_config):
+    rules = RULES if name == "piecewise_constant" else {}
+    cfg = make_config(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=12, lr_num_cycles=2, lr_power=2.0, **rules)
+    rate = z.make_learning_rate(cfg, z.make_schedule(cfg, [sample(0)], 4, 1.0))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.learning_rate)
+    scheduler = get_scheduler(
+        name,
+        optimizer,
+        step_rules=cfg.lr_step_rules,
+        num_warmup_steps=3,
+        num_training_steps=12,
+        num_cycles=2,
+        power=2.0,
+    )
+    for step in range(12):
+        assert rate(step) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_metrics_have_one_line_per_optimizer_step(make_config, tmp_path):
+    cfg = make_config(max_train_steps=3, train_batch_size=2, gradient_accumulation_steps=2)
+    run(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    assert [list(row) for row in rows] == [["step", "epoch", "loss", "grad_norm", "lr", "seconds"]] * 3
+    assert [row["epoch"] for row in rows] == [0.8, 1.6, 2.4] and rows[0]["lr"] == 1e-2
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """Run main in two gloo processes, each of its configs in turn."""
+
+    def launch(*configs):
+        file = tmp_path / "configs.json"
+        file.write_text(json.dumps([dataclasses.asdict(cfg) for cfg in configs]))
+        code = """import json, sys
+from train_dreambooth_lora_z_image import Config, main
+from accelerate.state import AcceleratorState
+for settings in json.load(open(sys.argv[1])):
+    main(Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}))
+"""
+        (tmp_path / "two.py").write_text(code)
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(tmp_path / "two.py"), str(file)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+    return launch
+
+
+def test_two_processes_follow_the_curve_of_one(make_config, two_processes, tmp_path):
+    """2 x batch 2 = 1 x batch 4, in three buckets, class pictures generated in shares, pictures drawn in shares."""
+    for number, size in enumerate([(96, 48), (48, 96), (90, 90), (60, 60)]):
+        draw(tmp_path / "shapes" / f"{number}.png", size, (40 * number, 90, 20))
+    common = {
+        "instance_data_dir": str(tmp_path / "shapes"), "aspect_ratio_buckets": "32,32;32,64;64,32",
+        "max_train_steps": 8,
+        "with_prior_preservation": True, "class_prompt": "dog", "num_class_images": 3, "validation_prompt": ("a", "b"),
+        "gradient_accumulation_steps": 2, "cache_dir": str(tmp_path / "cache"), "prior_generation_precision": "fp32",
+    }  # fmt: skip
+    one = make_config(
+        **common, train_batch_size=4, output_dir=str(tmp_path / "one"), class_data_dir=str(tmp_path / "c1")
+    )
+    two = make_config(
+        **common, train_batch_size=2, output_dir=str(tmp_path / "two"), class_data_dir=str(tmp_path / "c2")
+    )
+    done = two_processes(dataclasses.replace(two))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("examples = ") == 1, "the second process must be quiet"
+    run(one)
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4) and len(losses_of(one)) == 8
+    for name in sorted(path.name for path in (tmp_path / "c1").iterdir()):
+        assert (tmp_path / "c1" / name).read_bytes() == (tmp_path / "c2" / name).read_bytes()
+    sheets = [Image.open(tmp_path / name / "validation" / "step-000000" / "sheet.png") for name in ("one", "two")]
+    assert sheets[0].tobytes() == sheets[1].tobytes()
+
+
+# =====================================================================================================================
+# Sampling
+# =====================================================================================================================
+
+
+def pixels_of(image):
+    """Pixels as a tensor of integers."""
+    return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).int()
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_the_file_gives_the_pictures_of_the_final_validation(alpha, make_config, model, tmp_path):
+    cfg = make_config(
+        lora_alpha=alpha, max_train_steps=4, validation_prompt=("a sks dog", "一只狗"), num_validation_images=2,
+        guidance_scale=1.5, negative_prompt="blurry", learning_rate=0.05,
+    )  # fmt: skip
+    run(cfg)
+    pipe = ZImagePipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    folder = tmp_path / "out" / "validation" / "step-000004"
+
+    def drawn(prompt, image):
+        return pipe(
+            prompt=cfg.validation_prompt[prompt], negative_prompt="blurry", height=32, width=32, num_inference_steps=2,
+            guidance_scale=1.5, generator=torch.Generator().manual_seed(cfg.seed + image),
+        ).images[0]  # fmt: skip
+
+    baseline = tmp_path / "out" / "validation" / "step-000000" / "0-0.png"
+    assert torch.equal(pixels_of(drawn(0, 0)), pixels_of(Image.open(baseline))), "the baseline is the untrained model"
+    pipe.load_lora_weights(tmp_path / "out")
+    for prompt, image in itertools.product(range(2), repeat=2):
+        difference = (
+            (pixels_of(drawn(prompt, image)) - pixels_of(Image.open(folder / f"{prompt}-{image}.png"))).abs().max()
+        )
+        assert difference <= (0 if alpha is None else 1)
+    assert not torch.equal(pixels_of(drawn(0, 0)), pixels_of(Image.open(baseline)))
+    assert Image.open(folder / "sheet.png").size == (64, 64)
+
+
+def test_validation_leaves_the_model_and_the_random_state_alone(make_config, model):
+    cfg = make_config(validation_prompt=("a",), lora_dropout=0.5)
+    accelerator, encodings = z.make_accelerator(cfg), encodings_of(cfg, model)
+    z.fill_prompts_cache(["a", ""], model, encodings, cfg, accelerator)
+    transformer, _ = with_lora(model, cfg, b_std=0.5)
+    transformer = accelerator.prepare(transformer.train())
+    before, addresses = torch.get_rng_state(), {name: p.data_ptr() for name, p in transformer.named_parameters()}
+    pictures = []
+    for step in (1, 2):
+        z.validate(cfg, accelerator, transformer, model, encodings, step)
+        pictures.append((z.validation_folder(cfg, step) / "0-0.png").read_bytes())
+    assert torch.equal(torch.get_rng_state(), before) and transformer.training
+    assert {name: p.data_ptr() for name, p in transformer.named_parameters()} == addresses
+    assert pictures[0] == pictures[1], "dropout must be off while sampling"
+
+
+def test_when_pictures_are_drawn(make_config, tmp_path):
+    def steps(**changes):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        run(make_config(max_train_steps=4, validation_steps=2, num_inference_steps=1, **changes))
+        return sorted(path.name for path in (tmp_path / "out").glob("validation/*"))
+
+    assert steps() == []
+    assert steps(validation_prompt=("a",)) == ["step-000000", "step-000002", "step-000004"]
+    assert steps(validation_prompt=("a",), skip_final_inference=True) == ["step-000000", "step-000002"]
+    assert steps(final_validation_prompt="a") == ["step-000004"]
+
+
+def test_class_pictures_are_generated_once_and_only_the_missing(make_config, tmp_path):
+    draw(tmp_path / "classes" / "mine.png")
+    cfg = make_config(
+        with_prior_preservation=True, class_data_dir=str(tmp_path / "classes"), class_prompt="dog", num_class_images=4,
+        sample_batch_size=2, max_train_steps=7,
+    )  # fmt: skip
+    run(cfg)
+    names = sorted(path.name for path in (tmp_path / "classes").iterdir())
+    assert names == ["class-00000.png", "class-00001.png", "class-00002.png", "mine.png"]
+    first = lora_bytes(cfg)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "classes" / "class-00001.png").unlink()
+    run(dataclasses.replace(cfg, sample_batch_size=1))
+    assert lora_bytes(cfg) == first, "a class picture depends on its name alone"
+
+
+# =====================================================================================================================
+# Artefacts
+# =====================================================================================================================
+
+
+def apply_like_a_loader_that_knows_alpha_tensors(model, file):
+    """Merge a LoRA as ComfyUI's kind of loader does: scale alpha / rank where an .alpha tensor says so, else 1."""
+    transformer, state = z.load_transformer(Path(model), torch.float32), load_file(file)
+    for name in {key.rsplit(".lora_", 1)[0] for key in state}:
+        a, b = state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float()
+        scale = state[f"{name}.alpha"] / len(a) if f"{name}.alpha" in state else 1
+        transformer.get_submodule(name.removeprefix("transformer.")).weight.data += scale * b @ a
+    return transformer
+
+
+@pytest.mark.parametrize(("alpha", "tolerance"), [(4.0, 1e-5), (7.0, 1e-5)])
+def test_the_file_means_the_same_everywhere(alpha, tolerance, make_config, model, tmp_path):
+    cfg = make_config(lora_alpha=alpha)
+    live, _ = with_lora(model, cfg, b_std=0.3)
+    z.save_artefacts(Accelerator(cpu=True), cfg, live)
+    file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    pipe = ZImagePipeline.from_pretrained(model)
+    bare = z.load_transformer(model, torch.float32)
+    pipe.load_lora_weights(file.parent)
+    others = [pipe.transformer, apply_like_a_loader_that_knows_alpha_tensors(model, file), bare]
+    batch, sigmas = make_batch(), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        expected, *outputs = [
+            z.predict_velocity(t.eval(), batch.latents, sigmas, batch.prompt_embeds) for t in (live, *others)
+        ]
+    assert torch.allclose(outputs[0], expected, atol=tolerance) and torch.allclose(outputs[1], expected, atol=1e-4)
+    assert (outputs[2] - expected).abs().max() > 0.01, "the LoRA must matter in this test"
+
+
+def test_the_file_itself(make_config, tmp_path):
+    cfg = make_config(mixed_precision="bf16", lora_alpha=8.0, instance_prompt="a photo of sks dog")
+    run(cfg)
+    path = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    state = load_file(path)
+    assert all(key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert header["modelspec.architecture"] == "z-image/lora" and header["modelspec.resolution"] == "32x32"
+    assert header["modelspec.trigger_phrase"] == "a photo of sks dog" and "lora_adapter_metadata" not in header
+    first = path.read_bytes()
+    run(dataclasses.replace(cfg, output_dir=str(tmp_path / "other")))
+    assert (tmp_path / "other" / path.name).read_bytes() == first
+    run(dataclasses.replace(cfg, upcast_before_saving=True, overwrite_output_dir=True))
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+
+
+def test_model_card(make_config, tmp_path):
+    from huggingface_hub import ModelCard
+
+    run(make_config(instance_prompt='a "sks" dog: 狗', validation_prompt=("a dog",), num_validation_images=2))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.instance_prompt == 'a "sks" dog: 狗' and card.data.license == "apache-2.0"
+    for row in card.data.widget:
+        assert (tmp_path / "out" / row["output"]["url"]).is_file() and f"]({row['output']['url']})" in card.text
+    assert len(card.data.widget) == 2 and '"a dog"' in card.text and "| rank | 4 |" in card.text
+    assert str(tmp_path) not in card.content
+    ast.parse(re.search(r"```python\n(.*?)```", card.text, re.S)[1])
+
+
+def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path):
+    run(make_config(max_train_steps=3, validation_prompt=("a",)))
+    for name in ("notes.txt", "validation/mine.png", "checkpoint-mine/x"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("keep")
+    with pytest.raises(UserError, match="holds another run"):
+        run(make_config())
+    run(make_config(overwrite_output_dir=True))
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {
+        "notes.txt", "validation", "checkpoint-mine", "checkpoint-2",
+        "pytorch_lora_weights.safetensors", "config.json",
+        "metrics.jsonl", "README.md",
+    }  # fmt: skip
+    assert [path.name for path in (tmp_path / "out" / "validation").iterdir()] == ["mine.png"]
+
+
+def test_tensorboard(make_config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(make_config(report_to="tensorboard", validation_prompt=("a",)))
+    events = EventAccumulator(str(next((tmp_path / "out" / "logs").rglob("events*")).parent))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.step for event in events.Images("validation")] == [0, 2]
+
+
+def test_demo_replaces_only_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "mine" / "0.png")
+    small = ["--demo", "--max_train_steps=1", "--num_inference_steps=1"]
+    run(parse_config(small))
+    said = capsys.readouterr().out
+    assert "z-image-demo/metrics.jsonl" in said and "accelerate launch" in said
+    run(parse_config([*small, "--instance_data_dir=mine", "--rank=2"]))
+    assert json.loads((tmp_path / "z-image-demo" / "config.json").read_text())["rank"] == 2
+    assert len((tmp_path / "z-image-demo" / "metrics.jsonl").read_text().splitlines()) == 1
+    settings = json.loads((tmp_path / "z-image-demo" / "config.json").read_text())
+    (tmp_path / "z-image-demo" / "config.json").write_text(json.dumps(settings | {"demo": False}))
+    with pytest.raises(UserError, match="holds another run"):
+        run(parse_config(small))
