@@ -6,13 +6,11 @@ Run everything with `python -m pytest`; `-m benchmark` runs the measurements of 
 import ast
 import collections
 import dataclasses
-import io
 import itertools
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -735,6 +733,13 @@ def test_dataset_folder(make_config, tmp_path, capsys):
         z.export_dataset(make_config(**changes, caption_column="txt"))
     with pytest.raises(UserError, match="--image_column words"):
         z.export_dataset(make_config(**changes, image_column="words"))
+    for name in ("one", "two"):
+        draw(tmp_path / "configs" / name / "x.png", (50, 50) if name == "one" else (60, 60))
+    configs = "\n".join(f"- config_name: {name}\n  data_dir: {name}" for name in ("one", "two"))
+    (tmp_path / "configs" / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    for name, size in (("one", (50, 50)), ("two", (60, 60))):
+        cfg = make_config(**(changes | {"dataset_name": str(tmp_path / "configs"), "dataset_config_name": name}))
+        assert [s.size for s in z.plan_samples(cfg, z.export_dataset(cfg))] == [size]
     with pytest.raises(UserError, match="--dataset_name .*nowhere cannot be loaded"):
         z.export_dataset(make_config(**(changes | {"dataset_name": str(tmp_path / "nowhere")})))
 
@@ -1377,6 +1382,7 @@ def test_two_processes_follow_the_curve_of_one(make_config, two_processes, tmp_p
     """2 x batch 2 = 1 x batch 4, in three buckets, class pictures generated in shares, pictures drawn in shares."""
     for number, size in enumerate([(96, 48), (48, 96), (90, 90), (60, 60)]):
         draw(tmp_path / "shapes" / f"{number}.png", size, (40 * number, 90, 20))
+        (tmp_path / "shapes" / f"{number}.txt").write_text(f"caption {number} {'long ' * 9 * number}")
     common = {
         "instance_data_dir": str(tmp_path / "shapes"), "aspect_ratio_buckets": "32,32;32,64;64,32",
         "max_train_steps": 8,
@@ -1467,13 +1473,14 @@ def test_when_pictures_are_drawn(make_config, tmp_path):
     assert steps(final_validation_prompt="a") == ["step-000004"]
 
 
-def test_class_pictures_are_generated_once_and_only_the_missing(make_config, tmp_path):
+def test_class_pictures_are_generated_once_and_only_the_missing(make_config, tmp_path, capsys):
     draw(tmp_path / "classes" / "mine.png")
     cfg = make_config(
         with_prior_preservation=True, class_data_dir=str(tmp_path / "classes"), class_prompt="dog", num_class_images=4,
         sample_batch_size=2, max_train_steps=7,
     )  # fmt: skip
     run(cfg)
+    assert "generating class pictures: 100%|██████████| 2/2" in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "classes").iterdir())
     assert names == ["class-00000.png", "class-00001.png", "class-00002.png", "mine.png"]
     first = lora_bytes(cfg)
@@ -1589,3 +1596,222 @@ def test_demo_replaces_only_its_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "z-image-demo" / "config.json").write_text(json.dumps(settings | {"demo": False}))
     with pytest.raises(UserError, match="holds another run"):
         run(parse_config(small))
+
+
+# =====================================================================================================================
+# Flags
+# =====================================================================================================================
+
+
+def schedule_of(cfg):
+    """The run's arithmetic for five pictures and two class pictures."""
+    samples = [sample(n) for n in range(5)] + [sample(5 + n, is_prior=True) for n in range(2)]
+    return z.make_schedule(cfg, samples, 1, 6.0)
+
+
+def validation_times(cfg):
+    """Steps with pictures."""
+    return [step for step in range(300) if schedule_of(cfg).is_validation_step(step)]
+
+
+def augmentations(cfg):
+    """Flips and crops."""
+    return [z.draw_augmentation(cfg, n) for n in range(20)]
+
+
+def order(cfg):
+    """The order of the examples."""
+    return [draw.sample for draw in itertools.islice(z.example_stream([sample(n) for n in range(9)], cfg), 9)]
+
+
+def optimizer_group(cfg):
+    """What the optimizer was told."""
+    optimizer = z.make_optimizer([nn.Parameter(torch.zeros(1))], cfg)
+    return {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+
+
+def rates(cfg):
+    """The learning rate at twenty steps."""
+    rate = z.make_learning_rate(cfg, schedule_of(cfg))
+    return [rate(step) for step in range(20)]
+
+
+def lora_of(cfg):
+    """Names and shapes of the LoRA, and its dropout."""
+    transformer, _ = with_lora(Path(cfg.pretrained_model_name_or_path), cfg)
+    dropout = [module.p for module in transformer.modules() if isinstance(module, nn.Dropout)]
+    return {name: tensor.shape for name, tensor in z.lora_state_dict(transformer).items()}, set(dropout)
+
+
+def trained(cfg):
+    """The LoRA of a whole run."""
+    run(cfg)
+    return lora_bytes(cfg)
+
+
+def pictures_of(cfg):
+    """All pictures that a whole run leaves."""
+    run(cfg)
+    return {path.name: path.read_bytes() for path in Path(cfg.output_dir).parent.rglob("*.png")}
+
+
+def latents_of(cfg):
+    """Whether a whole run leaves latents in the cache."""
+    run(cfg)
+    return (z.encodings_folder(cfg) / "latents").is_dir()
+
+
+def prompt_length(cfg):
+    """Tokens of a long prompt."""
+    encoder = z.load_text_encoder(Path(cfg.pretrained_model_name_or_path), torch.float32, CPU)
+    return len(z.encode_prompt(encoder, "word " * 60, cfg.max_sequence_length))
+
+
+def planned(cfg):
+    """The samples of the plan."""
+    return [(s.path, s.prompt, s.bucket) for s in z.plan_samples(cfg, Path(cfg.instance_data_dir))]
+
+
+PRIOR = {
+    "with_prior_preservation": True,
+    "class_data_dir": "no-such-folder",
+    "class_prompt": "dog",
+    "num_class_images": 2,
+}
+PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
+SEEN = {"validation_prompt": ("a",)}
+COURSE = {"max_train_steps": 20, "lr_warmup_steps": 2}
+
+# flag: what is observed, two values, other settings
+OBSERVED = {
+    "max_sequence_length": (prompt_length, 50, 100, {}),
+    "instance_prompt": (planned, "a", "b", {}),
+    "repeats": (schedule_of, 1, 2, {}),
+    "resolution": (planned, 32, 48, {}),
+    "use_aspect_ratio_buckets": (planned, False, True, {"resolution": 96}),
+    "aspect_ratio_buckets": (planned, None, "16,32;48,48", {}),
+    "center_crop": (augmentations, False, True, {}),
+    "random_flip": (augmentations, False, True, {}),
+    "seed": (order, 0, 1, {}),
+    "with_prior_preservation": (planned, False, True, PRIOR),
+    "class_data_dir": (planned, "one", "two", PRIOR),
+    "class_prompt": (planned, "a", "b", PRIOR),
+    "num_class_images": (planned, 1, 2, PRIOR),
+    "cache_dir": (z.encodings_folder, "a", "b", {}),
+    "rank": (lora_of, 2, 4, {}),
+    "lora_alpha": (lambda cfg: cfg.lora_scale, 2.0, 4.0, {}),
+    "lora_dropout": (lora_of, 0.0, 0.5, {}),
+    "lora_layers": (lora_of, "to_q", "to_k", {}),
+    "timestep_shift": (schedule_of, "1", "scheduler", {}),
+    "optimizer": (optimizer_group, "adamw", "prodigy", {}),
+    "learning_rate": (optimizer_group, 0.1, 0.2, {}),
+    "adam_beta1": (optimizer_group, 0.8, 0.9, {}),
+    "adam_beta2": (optimizer_group, 0.8, 0.9, {}),
+    "adam_weight_decay": (optimizer_group, 0.0, 0.1, {}),
+    "adam_epsilon": (optimizer_group, 1e-8, 1e-4, {}),
+    "prodigy_beta3": (optimizer_group, None, 0.5, PRODIGY),
+    "prodigy_decouple": (optimizer_group, True, False, PRODIGY),
+    "prodigy_use_bias_correction": (optimizer_group, True, False, PRODIGY),
+    "prodigy_safeguard_warmup": (optimizer_group, True, False, PRODIGY),
+    "max_grad_norm": (trained, 1.0, 1e-9, {}),
+    "lr_scheduler": (rates, "constant", "linear", COURSE),
+    "lr_warmup_steps": (rates, 2, 4, COURSE | {"lr_scheduler": "cosine"}),
+    "lr_num_cycles": (rates, 1, 3, COURSE | {"lr_scheduler": "cosine_with_restarts"}),
+    "lr_power": (rates, 1.0, 2.0, COURSE | {"lr_scheduler": "polynomial"}),
+    "lr_step_rules": (rates, "1:5,0.1", "1:9,0.1", COURSE | {"lr_scheduler": "piecewise_constant"}),
+    "max_train_steps": (schedule_of, 3, 4, {}),
+    "num_train_epochs": (schedule_of, 1, 2, {"max_train_steps": None}),
+    "train_batch_size": (schedule_of, 1, 2, {}),
+    "gradient_accumulation_steps": (schedule_of, 1, 2, {}),
+    "validation_epochs": (validation_times, 5, 6, {}),
+    "validation_steps": (validation_times, 5, 6, {}),
+    "prior_generation_precision": (pictures_of, "bf16", "fp32", PRIOR),
+    "cache_latents": (latents_of, True, False, {}),
+    "num_validation_images": (pictures_of, 1, 2, SEEN),
+    "guidance_scale": (pictures_of, 0.0, 2.0, SEEN),
+    "negative_prompt": (pictures_of, "", "blurry", SEEN),
+    "num_inference_steps": (pictures_of, 1, 2, SEEN),
+    "validation_resolution": (pictures_of, 32, 48, SEEN),
+}
+
+# flags whose difference a test of their own shows
+SHOWN = {
+    "pretrained_model_name_or_path": "test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise",
+    "instance_data_dir": "test_two_processes_follow_the_curve_of_one",
+    "dataset_name": "test_dataset_folder",
+    "dataset_config_name": "test_dataset_folder",
+    "image_column": "test_dataset_folder",
+    "caption_column": "test_dataset_folder",
+    "sample_batch_size": "test_class_pictures_are_generated_once_and_only_the_missing",
+    "weighting_scheme": "test_noise_levels",
+    "logit_mean": "test_noise_levels",
+    "logit_std": "test_noise_levels",
+    "mode_scale": "test_noise_levels",
+    "prior_loss_weight": "test_class_pictures_count_by_their_weight",
+    "text_encoder_lr": "test_advice",
+    "adam_weight_decay_text_encoder": "test_advice",
+    "local_rank": "test_advice",
+    "gradient_checkpointing": "test_gradient_checkpointing_gives_equal_gradients",
+    "mixed_precision": "test_changed_ingredients_miss_the_cache",
+    "checkpointing_steps": "test_checkpoints_are_whole_rotated_and_without_pickles",
+    "checkpoints_total_limit": "test_checkpoints_are_whole_rotated_and_without_pickles",
+    "resume_from_checkpoint": "test_resume_is_exact",
+    "validation_prompt": "test_when_pictures_are_drawn",
+    "final_validation_prompt": "test_when_pictures_are_drawn",
+    "skip_final_inference": "test_when_pictures_are_drawn",
+    "output_dir": "test_the_file_itself",
+    "overwrite_output_dir": "test_overwriting_removes_only_what_this_program_wrote",
+    "upcast_before_saving": "test_the_file_itself",
+    "report_to": "test_tensorboard",
+    "demo": "test_demo_replaces_only_its_own",
+}
+
+
+def test_every_flag_has_a_test_of_its_effect():
+    assert sorted([*OBSERVED, *SHOWN]) == sorted(field.name for field in dataclasses.fields(Config))
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    tests = {n.name: ast.unparse(n) for n in tree.body if isinstance(n, ast.FunctionDef)}
+    assert {name: test for name, test in SHOWN.items() if name not in tests[test]} == {}
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_flag(name, make_config, tmp_path):
+    observe, first, second, others = OBSERVED[name]
+    seen = []
+    for place, value in enumerate((first, second)):
+        (tmp_path / str(place)).mkdir()
+        folders = {"output_dir": str(tmp_path / str(place) / "out"), "cache_dir": str(tmp_path / str(place) / "cache")}
+        if "class_data_dir" in others:
+            folders["class_data_dir"] = str(tmp_path / "classes" / str(place))
+        if observe in (pictures_of, latents_of):
+            folders["class_data_dir"] = str(tmp_path / str(place) / "classes")
+        else:
+            folders.pop("cache_dir")
+        changes = others | folders | {"learning_rate": others.get("learning_rate", 1e-2)} | {name: value}
+        seen.append(observe(make_config(**changes)))
+    assert seen[0] != seen[1]
+
+
+# =====================================================================================================================
+# Benchmarks
+# =====================================================================================================================
+
+
+@pytest.mark.benchmark
+def test_memory_does_not_grow_with_the_number_of_pictures(model, tmp_path):
+    """1,000 pictures of 1024 px are planned and cached with less than 300 MB above what 10 need."""
+    peaks = []
+    for count in (10, 1000):
+        first = draw(tmp_path / f"{count}" / "0.jpg", (1024, 1024))
+        for number in range(1, count):
+            Image.open(first).save(first.with_name(f"{number}.jpg"), quality=50 + number % 50)
+        flags = [f"--pretrained_model_name_or_path={model}", f"--instance_data_dir={first.parent}", "--cache_latents"]
+        flags += ["--instance_prompt=p", f"--cache_dir={tmp_path}/c{count}", f"--output_dir={tmp_path}/o{count}"]
+        code = f"""import resource, runpy, sys
+sys.argv = ["train.py", *{flags!r}, "--max_train_steps=1"]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1e3)
+    assert peaks[1] - peaks[0] < 300, peaks
