@@ -789,6 +789,14 @@ MISTAKES = {
         or (w / "out" / "checkpoint-2" / "state.json").write_text("{}") and [],
         "holds another run; continue it with --resume_from_checkpoint latest",
     ),
+    "output among the pictures": (
+        lambda w: ["--output_dir=dog/out"],
+        "--output_dir dog/out lies in --instance_data_dir dog",
+    ),
+    "classes among the pictures": (
+        lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=dog"],
+        "--class_data_dir dog lies in --instance_data_dir dog",
+    ),
     "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "--resume_from_checkpoint dog is no checkpoint"),
     "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
     "no prompt": (lambda w: ["--config=c.json"] if (w / "c.json").write_text('{"instance_prompt": 3}') else [], None),
@@ -1166,7 +1174,12 @@ def test_noise_levels(make_config):
     assert torch.equal(sigmas_of(make_config, count=10), middle[:10]), "a level depends on its example alone"
 
 
-def test_shift_is_the_schedulers():
+def test_shift_is_the_schedulers(model, make_config, tmp_path):
+    assert z.read_timestep_shift(make_config(timestep_shift="scheduler"), model) == 6.0
+    assert z.read_timestep_shift(make_config(timestep_shift="2.5"), model) == 2.5
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "m" / "scheduler")
+    with pytest.raises(UserError, match="--timestep_shift scheduler: this checkpoint shifts by picture size"):
+        z.read_timestep_shift(make_config(timestep_shift="scheduler"), tmp_path / "m")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     plain = torch.linspace(1, 1 / 1000, 1000)
     assert torch.allclose(z.shift_sigmas(plain, 6.0), scheduler.sigmas, atol=1e-6)
@@ -1606,7 +1619,8 @@ def test_demo_replaces_only_its_own(tmp_path, monkeypatch, capsys):
 def schedule_of(cfg):
     """The run's arithmetic for five pictures and two class pictures."""
     samples = [sample(n) for n in range(5)] + [sample(5 + n, is_prior=True) for n in range(2)]
-    return z.make_schedule(cfg, samples, 1, 6.0)
+    model = Path(cfg.pretrained_model_name_or_path)
+    return z.make_schedule(cfg, samples, 1, z.read_timestep_shift(cfg, model))
 
 
 def validation_times(cfg):

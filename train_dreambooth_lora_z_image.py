@@ -42,6 +42,7 @@ run repeats exactly, however often it is interrupted and on however many process
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -695,7 +696,7 @@ def encodings_folder(cfg: CacheConfig) -> Path:
 
 def cache_file(folder: Path, kind: str, *ingredients: Any) -> Path:
     """Name a cache file after everything its content depends on, so that changed ingredients cannot hit."""
-    return folder / kind / f"{sha256(json.dumps(ingredients).encode())}.safetensors"
+    return folder / kind / sha256(json.dumps(ingredients).encode())
 
 
 def verify_pictures(samples: list[Sample], folder: Path) -> list[Sample]:
@@ -827,7 +828,7 @@ class Schedule:
         return step == 0 or done // self.validation_interval > before // self.validation_interval
 
 
-def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, scheduler_shift: float) -> Schedule:
+def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, timestep_shift: float) -> Schedule:
     """Compute the run's arithmetic once."""
     micro_batch = cfg.train_batch_size * num_processes
     total_batch = micro_batch * cfg.gradient_accumulation_steps
@@ -841,7 +842,7 @@ def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, schedu
         epoch_examples=epoch_examples,
         max_train_steps=cfg.max_train_steps or by_epochs or 1500,
         validation_interval=by_steps or cfg.validation_epochs * epoch_examples,
-        timestep_shift=scheduler_shift if cfg.timestep_shift == "scheduler" else float(cfg.timestep_shift),
+        timestep_shift=timestep_shift,
     )
 
 
@@ -1014,8 +1015,21 @@ def check_inputs(cfg: Config) -> None:
     check_output(cfg)
     check_model(cfg)
     if cfg.instance_data_dir is not None:
+        check_nesting(cfg)
         scan_instances(Path(cfg.instance_data_dir), cfg)
     scan_classes(cfg)
+
+
+def check_nesting(cfg: Config) -> None:
+    """Refuse folders below the instance pictures, where the pictures this program makes would be learned."""
+    pictures = Path(cfg.instance_data_dir).resolve()
+    for name in ("output_dir", "class_data_dir", "cache_dir"):
+        folder = getattr(cfg, name)
+        require(
+            folder is None or not Path(folder).resolve().is_relative_to(pictures),
+            f"--{name} {folder} lies in --instance_data_dir {cfg.instance_data_dir}, whose pictures are all learned; "
+            "name a folder beside it",
+        )
 
 
 def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
@@ -1098,11 +1112,12 @@ class Encodings:
 
     def prompt(self, prompt: str) -> Path:
         """Name the file with a prompt's embedding (L, 2560)."""
-        return cache_file(self.folder, "prompts", *self.text_encoder, prompt)
+        return cache_file(self.folder, "prompts", *self.text_encoder, prompt).with_suffix(".safetensors")
 
     def latents(self, sample: Sample, is_flipped: bool) -> Path:
         """Name the file with the latents (16, h, w) of a picture cropped at its centre."""
-        return cache_file(self.folder, "latents", *self.vae, sample.digest, sample.bucket, "centre", is_flipped)
+        picture = (sample.digest, sample.bucket, "centre", is_flipped)
+        return cache_file(self.folder, "latents", *self.vae, *picture).with_suffix(".safetensors")
 
 
 def find_model(cfg: Config, accelerator: Accelerator) -> Path:
@@ -1111,7 +1126,7 @@ def find_model(cfg: Config, accelerator: Accelerator) -> Path:
     if Path(name).is_dir():
         return Path(name)
     parts = [f"{part}/*" for part in ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")]
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         try:
             model = Path(snapshot_download(name, cache_dir=cfg.cache_dir, allow_patterns=["model_index.json", *parts]))
         except Exception as error:  # the hub client's errors are many; their first line helps
@@ -1128,6 +1143,8 @@ def file_digest(path: Path, folder: Path) -> str:
     status = path.stat()
     memo = cache_file(folder, "digests", str(path.resolve()), status.st_size, status.st_mtime_ns)
     if not memo.exists():
+        if status.st_size > 1e9:
+            say(f"hashing {path.name}, {status.st_size / 1e9:.1f} GB, once")
         with open(path, "rb") as file:
             write_file(memo, hashlib.file_digest(file, "sha256").hexdigest().encode())
     return memo.read_text()
@@ -1142,7 +1159,7 @@ def identify(component: Path, folder: Path) -> list[str]:
 def identify_encodings(cfg: Config, model: Path, accelerator: Accelerator) -> Encodings:
     """Collect what prompts and pictures are encoded with; hashes the encoders' files when they are new."""
     folder = encodings_folder(cfg)
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         text_encoder = [*identify(model / "tokenizer", folder), *identify(model / "text_encoder", folder)]
         vae = identify(model / "vae", folder)
     return Encodings(
@@ -1230,9 +1247,9 @@ def load_pixels(sample: Sample, augmentation: Augmentation) -> Tensor:
 
 
 def share_of(items: list[Any], accelerator: Accelerator) -> list[Any]:
-    """Take every n-th item for this process, after all processes have seen the same list."""
-    accelerator.wait_for_everyone()
-    return items[accelerator.process_index :: accelerator.num_processes]
+    """Take every n-th item, n processes being on this machine, whose disk may be its own; call it on all processes."""
+    accelerator.wait_for_everyone()  # all have seen the same list before one begins to shorten it
+    return items[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))]
 
 
 def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **options: int) -> tqdm:
@@ -1435,6 +1452,16 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
+def read_timestep_shift(cfg: ObjectiveConfig, model: Path) -> float:
+    """Resolve `--timestep_shift`: a number, or what the checkpoint's scheduler says."""
+    if cfg.timestep_shift != "scheduler":
+        return float(cfg.timestep_shift)
+    settings = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")
+    is_static = not settings.get("use_dynamic_shifting", False)
+    require(is_static, "--timestep_shift scheduler: this checkpoint shifts by picture size; give a number instead")
+    return settings["shift"]
+
+
 def sample_sigmas(seeds: list[int], cfg: ObjectiveConfig, shift: float) -> Tensor:
     """Draw continuous noise levels, 1 being pure noise, each from its example's seed. -> (B,)
 
@@ -1552,14 +1579,15 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torc
         return torch.optim.AdamW(parameters, **common)
     from prodigyopt import Prodigy
 
-    return Prodigy(
-        parameters,
-        **common,
-        beta3=cfg.prodigy_beta3,
-        decouple=cfg.prodigy_decouple,
-        use_bias_correction=cfg.prodigy_use_bias_correction,
-        safeguard_warmup=cfg.prodigy_safeguard_warmup,
-    )
+    with contextlib.redirect_stdout(None):  # it prints a remark of its own
+        return Prodigy(
+            parameters,
+            **common,
+            beta3=cfg.prodigy_beta3,
+            decouple=cfg.prodigy_decouple,
+            use_bias_correction=cfg.prodigy_use_bias_correction,
+            safeguard_warmup=cfg.prodigy_safeguard_warmup,
+        )
 
 
 def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[int], float]:
@@ -2145,11 +2173,10 @@ def main(cfg: Config) -> Path:
 
     model = find_model(cfg, accelerator)
     layers = resolve_lora_layers(cfg.lora_layers, model)
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
         samples = plan_samples(cfg, instance_folder)
-    scheduler_shift = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")["shift"]
-    schedule = make_schedule(cfg, samples, accelerator.num_processes, scheduler_shift)
+    schedule = make_schedule(cfg, samples, accelerator.num_processes, read_timestep_shift(cfg, model))
     for line in describe_plan(samples, cfg, schedule):
         say(line)
     prepare_output(cfg, accelerator)
