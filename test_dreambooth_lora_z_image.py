@@ -797,6 +797,10 @@ MISTAKES = {
         lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=dog"],
         "--class_data_dir dog lies in --instance_data_dir dog",
     ),
+    "overwriting what is continued": (
+        lambda w: ["--overwrite_output_dir", "--resume_from_checkpoint=latest"],
+        "give one of the two",
+    ),
     "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "--resume_from_checkpoint dog is no checkpoint"),
     "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
     "no prompt": (lambda w: ["--config=c.json"] if (w / "c.json").write_text('{"instance_prompt": 3}') else [], None),
@@ -1295,8 +1299,10 @@ def test_resume_from_an_older_checkpoint_elsewhere_cuts_the_metrics(make_config,
 def test_latest_without_a_checkpoint_starts_afresh(make_config, capsys, tmp_path):
     (tmp_path / "out" / "checkpoint-foo").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint-9").mkdir()  # no state.json: not a checkpoint
+    (tmp_path / "out" / ".checkpoint-2.abc.tmp").mkdir()  # of a run that was killed while saving
     run(make_config(resume_from_checkpoint="latest"))
     assert "starting afresh" in capsys.readouterr().out and len(metrics_of(make_config())) == 2
+    assert not list((tmp_path / "out").glob(".checkpoint*"))
 
 
 def test_resuming_a_finished_run_trains_nothing(make_config):

@@ -938,6 +938,10 @@ def check_output(cfg: Config) -> None:
     output = Path(cfg.output_dir)
     for path in (output, *output.parents):
         require(not path.exists() or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
+    require(
+        cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir,
+        "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two",
+    )
     find_checkpoint(cfg)
     present, settings = [name for name in RUN_FILES if (output / name).exists()], read_own_config(output)
     require(
@@ -1242,8 +1246,12 @@ def load_pixels(sample: Sample, augmentation: Augmentation) -> Tensor:
     )
     if augmentation.is_flipped:
         picture = ImageOps.mirror(picture)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return picture_tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def picture_tensor(picture: Image.Image) -> Tensor:
+    """Copy an RGB picture's pixels. -> (H, W, 3) of uint8"""
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 
 def share_of(items: list[Any], accelerator: Accelerator) -> list[Any]:
@@ -1629,16 +1637,6 @@ def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
     )
 
 
-def optimizer_tensors(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:
-    """Name the tensors of an optimizer's state PARAMETER.NAME."""
-    return {
-        f"{index}.{name}": value
-        for index, entry in state.items()
-        for name, value in entry.items()
-        if torch.is_tensor(value)
-    }
-
-
 def save_checkpoint(
     accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
@@ -1647,26 +1645,24 @@ def save_checkpoint(
         output = Path(cfg.output_dir)
         folder, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.{uuid.uuid4().hex}.tmp"
         state = optimizer.state_dict()
-        scalars = {
-            index: {name: value for name, value in entry.items() if not torch.is_tensor(value)}
-            for index, entry in state["state"].items()
-        }
-        save_tensors(temporary / "lora.safetensors", lora_state_dict(accelerator.unwrap_model(transformer)))
-        save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(state["state"]))
+        values = {f"{index}.{name}": value for index, entry in state["state"].items() for name, value in entry.items()}
+        tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
         content = {
             "step": step,
-            "optimizer_state": scalars,
+            "optimizer": {name: value for name, value in values.items() if name not in tensors},
             "param_groups": state["param_groups"],
             "settings": dataclasses.asdict(cfg),
         }
+        save_tensors(temporary / "lora.safetensors", lora_state_dict(accelerator.unwrap_model(transformer)))
+        save_tensors(temporary / "optimizer.safetensors", tensors)
         write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
-        sync(output / "metrics.jsonl")
-        sync(temporary)
-        remove_checkpoint(folder)
+        for path in (output / "metrics.jsonl", temporary):
+            sync(path)
+        remove_folder(folder)
         os.replace(temporary, folder)
         sync(output)
         for old in list_checkpoints(output)[: -(cfg.checkpoints_total_limit or sys.maxsize)]:
-            remove_checkpoint(old)
+            remove_folder(old)
     accelerator.wait_for_everyone()
 
 
@@ -1681,8 +1677,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, its name first, so that half of one is never taken for a whole."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, its name first, so that half of a checkpoint is never taken for a whole one."""
     if folder.exists():
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
         os.replace(folder, temporary)
@@ -1696,12 +1692,12 @@ def resume(
     checkpoint, step = find_checkpoint(cfg), 0
     if checkpoint is not None:
         content = json.loads(read_text(checkpoint / "state.json"))
-        step, state = content["step"], {int(index): entry for index, entry in content["optimizer_state"].items()}
-        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+        step, state = content["step"], collections.defaultdict(dict)
+        for name, value in (content["optimizer"] | load_file(checkpoint / "optimizer.safetensors")).items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            state[int(index)][key] = value
         load_lora(accelerator.unwrap_model(transformer), load_file(checkpoint / "lora.safetensors"))
-        optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
+        optimizer.load_state_dict({"state": dict(state), "param_groups": content["param_groups"]})
         say(f"continuing from {checkpoint}, after step {step}")
     elif cfg.resume_from_checkpoint is not None:
         say(f"no checkpoint in {cfg.output_dir} yet: starting afresh")
@@ -1835,14 +1831,13 @@ def validate(
 ) -> None:
     """Draw PROMPT-IMAGE.png from the live transformer, split over the processes, and put them on sheet.png."""
     prompts, folder = validation_prompts(cfg, is_final), validation_folder(cfg, step)
-    jobs = share_of(
-        [(prompt, image) for prompt in range(len(prompts)) for image in range(cfg.num_validation_images)], accelerator
-    )
+    jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
+    mine = share_of(jobs, accelerator)
     live = accelerator.unwrap_model(transformer).eval()
-    if jobs:
+    if mine:
         pipeline = make_pipeline(live, model, DTYPES[cfg.mixed_precision], accelerator.device)
         side = cfg.validation_resolution or cfg.resolution
-        for prompt, image in jobs:
+        for prompt, image in mine:
             picture = draw_pictures(pipeline, [prompts[prompt]], [cfg.seed + image], side, encodings, cfg)[0]
             write_file(folder / f"{prompt}-{image}.png", png_bytes(picture))
         del pipeline
@@ -1850,38 +1845,33 @@ def validate(
     live.train()
     accelerator.wait_for_everyone()
     if prompts and accelerator.is_main_process:
-        pictures = [
-            [Image.open(folder / f"{prompt}-{image}.png") for image in range(cfg.num_validation_images)]
-            for prompt in range(len(prompts))
-        ]
-        write_file(folder / "sheet.png", png_bytes(make_sheet(pictures)))
-        log_pictures(accelerator, prompts, pictures, step)
+        pictures = [Image.open(folder / f"{prompt}-{image}.png") for prompt, image in jobs]
+        sheet = make_sheet(pictures, columns=cfg.num_validation_images)
+        write_file(folder / "sheet.png", png_bytes(sheet))
+        log_pictures(accelerator, pictures, [prompts[prompt] for prompt, _ in jobs], step)
         say(f"step {step}: pictures in {folder}")
 
 
-def make_sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """Lay pictures out on one sheet, a row per prompt, each at most 512 pixels wide."""
-    side = min(512, rows[0][0].width)
-    sheet = Image.new("RGB", (side * len(rows[0]), side * len(rows)))
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side)), (column * side, row * side))
+def make_sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """Lay pictures out on one sheet, row by row, each at most 512 pixels wide."""
+    side = min(512, pictures[0].width)
+    sheet = Image.new("RGB", (side * columns, side * (len(pictures) // columns)))
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture.resize((side, side)), (number % columns * side, number // columns * side))
     return sheet
 
 
-def log_pictures(accelerator: Accelerator, prompts: list[str], rows: list[list[Image.Image]], step: int) -> None:
+def log_pictures(accelerator: Accelerator, pictures: list[Image.Image], captions: list[str], step: int) -> None:
     """Show the pictures to the trackers that take them."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            sheet = torch.frombuffer(bytearray(make_sheet(rows).tobytes()), dtype=torch.uint8).view(
-                *make_sheet(rows).size[::-1], 3
-            )
-            tracker.writer.add_image("validation", sheet, step, dataformats="HWC")
+            arrays = torch.stack([picture_tensor(picture) for picture in pictures])  # (N, H, W, 3)
+            tracker.log_images({"validation": arrays}, step=step, dataformats="NHWC")
         if tracker.name == "wandb":
             import wandb
 
-            pictures = [wandb.Image(picture, caption=prompt) for prompt, row in zip(prompts, rows) for picture in row]
-            tracker.log({"validation": pictures}, step=step)
+            images = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions)]
+            tracker.log({"validation": images}, step=step)
 
 
 # =====================================================================================================================
@@ -1947,18 +1937,15 @@ def describe_environment() -> dict[str, str]:
     return script | {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def save_model_card(cfg: Config, schedule: Schedule) -> None:
+def save_model_card(cfg: Config, step: int) -> None:
     """Write README.md: pictures, trigger prompt, how to use the LoRA, how it was made; no paths of this machine."""
-    is_local = Path(cfg.pretrained_model_name_or_path).exists()
-    base = None if is_local else cfg.pretrained_model_name_or_path
-    folder = validation_folder(cfg, schedule.max_train_steps)
-    prompts = validation_prompts(cfg, is_final=True)
-    files = [
-        f"validation/{folder.name}/{prompt}-{image}.png"
-        for prompt in range(len(prompts))
-        for image in range(cfg.num_validation_images)
-    ]
-    texts = [prompt for prompt in prompts for _ in range(cfg.num_validation_images)]
+    base = None if Path(cfg.pretrained_model_name_or_path).exists() else cfg.pretrained_model_name_or_path
+    folder, prompts = validation_folder(cfg, step).relative_to(cfg.output_dir), validation_prompts(cfg, is_final=True)
+    jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
+    texts, files = (
+        [prompts[prompt] for prompt, _ in jobs],
+        [f"{folder.as_posix()}/{p}-{image}.png" for p, image in jobs],
+    )
     data = ModelCardData(
         license="apache-2.0",
         base_model=base,
@@ -1982,10 +1969,7 @@ def save_model_card(cfg: Config, schedule: Schedule) -> None:
         "mixed_precision", "seed",
     )  # fmt: skip
     rows = [f"| {name} | {getattr(cfg, name)} |" for name in names]
-    rows += [
-        f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |",
-        f"| steps | {schedule.max_train_steps} |",
-    ]
+    rows += [f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |", f"| steps | {step} |"]
     pictures = [f"![{text}]({file})".replace("\n", " ") for text, file in zip(texts, files)]
     card = CARD.format(
         prompt=cfg.instance_prompt or "(captions of their own)",
@@ -2145,6 +2129,8 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         if cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None):
             remove_run(output)
+        for leftover in output.glob(".checkpoint-*.tmp"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
         save_config(cfg)
         if cfg.report_to != "none":
             logs.mkdir(exist_ok=True)  # wandb writes elsewhere if its folder is missing
@@ -2159,7 +2145,7 @@ def remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     pictures = [path for path in (output / "validation").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     for folder in (*list_checkpoints(output), *pictures):
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def main(cfg: Config) -> Path:
@@ -2211,7 +2197,7 @@ def main(cfg: Config) -> Path:
     file = save_artefacts(accelerator, cfg, transformer)
     validate(cfg, accelerator, transformer, model, encodings, progress.step, is_final=True)
     if accelerator.is_main_process:
-        save_model_card(cfg, schedule)
+        save_model_card(cfg, progress.step)
     accelerator.end_training()
     say(describe_results(cfg, file))
     return file
