@@ -1191,14 +1191,14 @@ def test_shift_is_the_schedulers(model, make_config, tmp_path):
 
 def test_loss_weights():
     sigmas = torch.tensor([0.1, 0.5, 1.0])
-    assert torch.allclose(z.loss_weights(sigmas, "sigma_sqrt"), torch.tensor([100.0, 4.0, 1.0]))
-    assert z.loss_weights(sigmas, "logit_normal").tolist() == [1, 1, 1]
-    assert torch.allclose(z.loss_weights(sigmas, "cosmap"), 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)))
+    assert torch.allclose(z.loss_weights("sigma_sqrt", sigmas), torch.tensor([100.0, 4.0, 1.0]))
+    assert z.loss_weights("logit_normal", sigmas).tolist() == [1, 1, 1]
+    assert torch.allclose(z.loss_weights("cosmap", sigmas), 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)))
 
 
 def test_the_smallest_noise_level_keeps_weights_finite(make_config):
     sigmas = sigmas_of(make_config, logit_mean=-50.0, count=5)
-    assert sigmas.min() >= 1e-3 and z.loss_weights(sigmas, "sigma_sqrt").isfinite().all()
+    assert sigmas.min() >= 1e-3 and z.loss_weights("sigma_sqrt", sigmas).isfinite().all()
 
 
 def test_class_pictures_count_by_their_weight(make_config):
@@ -1660,7 +1660,7 @@ def lora_of(cfg):
     """Names and shapes of the LoRA, and its dropout."""
     transformer, _ = with_lora(Path(cfg.pretrained_model_name_or_path), cfg)
     dropout = [module.p for module in transformer.modules() if isinstance(module, nn.Dropout)]
-    return {name: tensor.shape for name, tensor in z.lora_state_dict(transformer).items()}, set(dropout)
+    return {name: tensor.shape for name, tensor in z.get_peft_model_state_dict(transformer).items()}, set(dropout)
 
 
 def trained(cfg):

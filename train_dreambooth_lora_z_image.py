@@ -321,16 +321,9 @@ class OutputConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    ModelConfig,
-    DataConfig,
-    CacheConfig,
-    LoraSettings,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TrainingConfig,
-    ValidationConfig,
-    OutputConfig,
-):
+    ModelConfig, DataConfig, CacheConfig, LoraSettings, ObjectiveConfig, OptimizerConfig, TrainingConfig,
+    ValidationConfig, OutputConfig,
+):  # fmt: skip
     """LoRA DreamBooth fine-tuning of Z-Image."""
 
     def __post_init__(self) -> None:
@@ -436,29 +429,21 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def demo_settings(output_dir: str) -> dict[str, Any]:
-    """The small numbers of `--demo`; flags given beside it win."""
-    return {
-        "demo": True,
-        "output_dir": output_dir,
-        "pretrained_model_name_or_path": f"{output_dir}/demo-model",
-        "instance_data_dir": f"{output_dir}/demo-pictures",
-        "cache_dir": f"{output_dir}/demo-cache",
+    """List the small numbers of `--demo`; flags given beside it win."""
+    places = {
+        "output_dir": output_dir, "pretrained_model_name_or_path": f"{output_dir}/demo-model",
+        "instance_data_dir": f"{output_dir}/demo-pictures", "cache_dir": f"{output_dir}/demo-cache",
+    }  # fmt: skip
+    prompts = {
         "instance_prompt": "a photo of sks badge",
-        "validation_prompt": ("a sks badge on a green table", "绿色桌子上的sks徽章"),
-        "resolution": 64,
-        "use_aspect_ratio_buckets": True,
-        "cache_latents": True,
-        "random_flip": True,
-        "rank": 4,
-        "learning_rate": 1e-3,
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_train_steps": 40,
-        "checkpointing_steps": 20,
-        "validation_steps": 20,
-        "num_validation_images": 2,
-        "num_inference_steps": 6,
-    }
+        "validation_prompt": ("a sks badge on a table", "桌子上的sks徽章"),
+    }  # fmt: skip
+    numbers = {
+        "resolution": 64, "use_aspect_ratio_buckets": True, "cache_latents": True, "random_flip": True, "rank": 4,
+        "learning_rate": 1e-3, "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 40,
+        "checkpointing_steps": 20, "validation_steps": 20, "num_validation_images": 2, "num_inference_steps": 6,
+    }  # fmt: skip
+    return {"demo": True} | places | prompts | numbers
 
 
 def advice(cfg: Config) -> Iterator[str]:
@@ -1062,9 +1047,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import (
     cast_training_params,
     compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
     free_memory,
 )
+from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weights
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCardData, snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -1435,16 +1420,6 @@ def describe_lora(parameters: list[nn.Parameter], layers: list[str], cfg: LoraSe
     )
 
 
-def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
-    """Collect the LoRA's tensors, named as in the bare transformer."""
-    return get_peft_model_state_dict(transformer)
-
-
-def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put tensors collected by `lora_state_dict` back."""
-    set_peft_model_state_dict(transformer, state)
-
-
 # =====================================================================================================================
 # Objective
 # =====================================================================================================================
@@ -1504,11 +1479,6 @@ def predict_velocity(
     return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
 
 
-def loss_weights(sigmas: Tensor, weighting_scheme: str) -> Tensor:
-    """Weigh each example by its noise level, as in Stable Diffusion 3. (B,) -> (B,)"""
-    return compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-
-
 def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor) -> Tensor:
     """Mean squared error, each image counted by its weight. (B, 16, h, w), (B, 16, h, w), (B,) -> scalar"""
     per_image = (velocity.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
@@ -1524,7 +1494,7 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, sh
     velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
     target = noise - latents  # d noisy_latents / d sigma
     prior_weights = torch.where(batch.is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
-    return flow_matching_loss(velocity, target, prior_weights * loss_weights(sigmas, cfg.weighting_scheme))
+    return flow_matching_loss(velocity, target, prior_weights * loss_weights(cfg.weighting_scheme, sigmas))
 
 
 # =====================================================================================================================
@@ -1566,11 +1536,12 @@ def train(
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         grad_norm = float(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm))
         refuse_nan(loss, grad_norm, progress.step + 1, cfg)
-        set_learning_rate(optimizer, learning_rate_at(progress.step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(progress.step)
         optimizer.step()
         optimizer.zero_grad()
-        lr = effective_learning_rate(optimizer)
         progress.step += 1
+        lr = group["lr"] * group.get("d", 1.0)  # Prodigy multiplies the rate by its estimate d
         seconds = time.perf_counter() - started
         yield {"loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": round(seconds, 3)}
 
@@ -1613,18 +1584,6 @@ def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[in
     return lambda step: cfg.learning_rate * scheduler.lr_lambdas[0](step)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of the next optimizer step."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Read the rate of the last optimizer step; Prodigy multiplies it by its estimate d."""
-    group = optimizer.param_groups[0]
-    return group["lr"] * group.get("d", 1.0)
-
-
 def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
     """Stop the run if its numbers are no longer finite, naming the last good checkpoint."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -1653,7 +1612,7 @@ def save_checkpoint(
             "param_groups": state["param_groups"],
             "settings": dataclasses.asdict(cfg),
         }
-        save_tensors(temporary / "lora.safetensors", lora_state_dict(accelerator.unwrap_model(transformer)))
+        save_tensors(temporary / "lora.safetensors", get_peft_model_state_dict(accelerator.unwrap_model(transformer)))
         save_tensors(temporary / "optimizer.safetensors", tensors)
         write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
         for path in (output / "metrics.jsonl", temporary):
@@ -1696,7 +1655,7 @@ def resume(
         for name, value in (content["optimizer"] | load_file(checkpoint / "optimizer.safetensors")).items():
             index, key = name.split(".", 1)
             state[int(index)][key] = value
-        load_lora(accelerator.unwrap_model(transformer), load_file(checkpoint / "lora.safetensors"))
+        set_peft_model_state_dict(accelerator.unwrap_model(transformer), load_file(checkpoint / "lora.safetensors"))
         optimizer.load_state_dict({"state": dict(state), "param_groups": content["param_groups"]})
         say(f"continuing from {checkpoint}, after step {step}")
     elif cfg.resume_from_checkpoint is not None:
@@ -1913,10 +1872,10 @@ def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module
     file = Path(cfg.output_dir) / "pytorch_lora_weights.safetensors"
     live = accelerator.unwrap_model(transformer)
     dtype = torch.float32 if cfg.upcast_before_saving else DTYPES[cfg.mixed_precision]
-    exported = export_lora(lora_state_dict(live), cfg.lora_scale, dtype)
+    exported = export_lora(get_peft_model_state_dict(live), cfg.lora_scale, dtype)
     if accelerator.is_main_process:
         save_tensors(file, exported, lora_metadata(cfg))
-    load_lora(live, import_lora(exported, cfg.lora_scale))
+    set_peft_model_state_dict(live, import_lora(exported, cfg.lora_scale))
     return file
 
 
