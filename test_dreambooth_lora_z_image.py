@@ -318,7 +318,7 @@ def test_readme_buckets_and_bilingual_prompts(workplace, model):
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"128 x 128 +2 ", done.stdout), "the two square pictures belong to the square bucket"
     sheet = Image.open(workplace / "trained-z-image-lora-buckets" / "validation" / "step-000002" / "sheet.png")
-    assert sheet.size == (32, 64)
+    assert sheet.size == (128, 256), "two prompts, drawn at the size of the buckets"
 
 
 def test_readme_prior_preservation(workplace, model):
@@ -511,7 +511,9 @@ def test_other_files_and_damaged_pictures_are_named(make_config, pictures, capsy
     samples = z.plan_samples(make_config(), pictures)
     said = capsys.readouterr().out
     assert len(samples) == 5 and "notes.md" in said and "DS_Store" not in said
-    assert re.search(r"warning: .*cut.jpg is damaged", said) and re.search(r"warning: .*zero.jpg cannot be read", said)
+    assert re.search(r"warning: .*cut.jpg is damaged", said) and re.search(
+        r"warning: .*zero.jpg cannot be read as a picture and will be left out", said
+    )
 
 
 def test_refused_if_every_picture_is_damaged(make_config, tmp_path):
@@ -678,14 +680,14 @@ def test_an_epoch_is_a_permutation_and_depends_on_seed_and_epoch(make_config):
 def test_plan_refuses_a_bucket_that_never_trains_and_tells_of_short_runs(make_config):
     samples = [sample(n) for n in range(9)] + [sample("lonely", (32, 64))]
     cfg = make_config(train_batch_size=4, max_train_steps=4)
-    with pytest.raises(UserError, match=r"bucket 32,64 never fills a batch of 4.*lonely.png.*--train_batch_size"):
+    with pytest.raises(UserError, match=r"bucket 32 x 64 never fills a batch of 4.*lonely.png.*--train_batch_size"):
         z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
     cfg = make_config(train_batch_size=4, max_train_steps=1)
     lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
     assert any("shorter than one epoch" in line for line in lines)
     cfg = make_config(train_batch_size=4, max_train_steps=20)
     text = "\n".join(z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0)))
-    assert "fewer pictures than a batch of 4" in text and "80 examples = 8.0 epochs of 10" in text
+    assert "bucket 32 x 64 has fewer pictures than a batch of 4" in text and "80 examples = 8.0 epochs of 10" in text
 
 
 def test_plan_states_how_often_pictures_are_seen_and_what_validation_costs(make_config):
@@ -695,7 +697,18 @@ def test_plan_states_how_often_pictures_are_seen_and_what_validation_costs(make_
     lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
     assert re.search(r"32 x 32 +5 +0 +0 +1 +20 ", lines[1])
     # before, after 50 and after the last step: 3 x 4 pictures x 10 steps x 2 for guidance, against 3 passes a picture
-    assert "3 times 4 pictures of 10 steps = 240 forward passes, about 44 %" in lines[-1]
+    words = "3 x 4 pictures of 32 x 32, 10 steps each, twice for guidance = 240 forward passes, about 44 %"
+    assert words in lines[-1]
+    larger = dataclasses.replace(cfg, validation_resolution=64, guidance_scale=0.0)
+    line = z.describe_plan(samples, larger, z.make_schedule(larger, samples, 1, 1.0))[-1]
+    assert "10 steps each = 120 forward passes, about 62 %" in line  # 120 x 4 against 300
+
+
+def test_pictures_are_drawn_at_the_size_of_the_buckets(make_config):
+    assert z.picture_side(make_config()) == 32
+    assert z.picture_side(make_config(validation_resolution=64)) == 64
+    assert z.picture_side(make_config(aspect_ratio_buckets="32,512;100000,16".replace("100000", "96"))) == 128
+    assert z.picture_side(make_config(aspect_ratio_buckets="672,1568;1024,1024")) == 1024
 
 
 def test_validation_steps(make_config):
@@ -750,7 +763,7 @@ MISTAKES = {
     "empty folder": (lambda w: (w / "empty").mkdir() or ["--instance_data_dir=empty"], "holds no picture"),
     "no readable picture": (
         lambda w: (w / "text").mkdir() or (w / "text" / "x.png").write_text("x") and ["--instance_data_dir=text"],
-        "holds no picture that can be read (1 are damaged",
+        "holds no picture that can be used (text/x.png cannot be read as a picture)",
     ),
     "caption in Latin-1": (
         lambda w: (w / "dog" / "dog-0.txt").write_bytes(b"caf\xe9") and [],
@@ -1036,7 +1049,9 @@ def test_lora_layers(model, capsys):
 def test_unknown_lora_layers_are_refused_before_weights_are_read(model, tmp_path):
     shutil.copytree(model, tmp_path / "m")
     (tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"no linear layer is called to_x; there are .*layers.N.attention.to_q"):
+    with pytest.raises(
+        UserError, match=r"no linear layer is called to_x; there are .*attention.to_q.*feed_forward.w1"
+    ):
         layers_of(tmp_path / "m", "to_q,to_x")
     with pytest.raises(UserError, match="--lora_layers is empty"):
         layers_of(tmp_path / "m", ",")
@@ -1303,6 +1318,25 @@ def test_latest_without_a_checkpoint_starts_afresh(make_config, capsys, tmp_path
     run(make_config(resume_from_checkpoint="latest"))
     assert "starting afresh" in capsys.readouterr().out and len(metrics_of(make_config())) == 2
     assert not list((tmp_path / "out").glob(".checkpoint*"))
+
+
+def test_resuming_with_what_cannot_fit_is_refused_before_anything_is_touched(make_config, tmp_path):
+    cfg = make_config(max_train_steps=3)
+    run(cfg)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
+    changes = {
+        "--rank 8 does not fit .*checkpoint-3, which has 4": {"rank": 8},
+        "--lora_layers to_q does not fit": {"lora_layers": "to_q"},
+        "--optimizer prodigy does not fit": {"optimizer": "prodigy"},
+        "the checkpoint has done 3 steps already; raise --max_train_steps above 2": {"max_train_steps": 2},
+    }
+    for words, change in changes.items():
+        with pytest.raises(UserError, match=words):
+            run(dataclasses.replace(cfg, resume_from_checkpoint="latest", **change))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()} == before
+    (tmp_path / "out" / "checkpoint-3" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="state.json is damaged"):
+        run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
 
 
 def test_resuming_a_finished_run_trains_nothing(make_config):
@@ -1599,6 +1633,16 @@ def test_tensorboard(make_config, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
     assert [event.step for event in events.Images("validation")] == [0, 2]
+
+
+def test_trackers_that_cannot_start_get_a_sentence(make_config, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="--report_to wandbb: accelerate knows all,.*wandb"):
+        run(make_config(report_to="wandbb"))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(UserError, match="--report_to wandb cannot start: .*wandb login"):
+        run(make_config(report_to="wandb"))
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_demo_replaces_only_its_own(tmp_path, monkeypatch, capsys):

@@ -296,7 +296,7 @@ class ValidationConfig(Settings):
     """Validation"""
 
     validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted, drawn before, during and after.")
-    final_validation_prompt: str | None = flag(None, "Prompt drawn after training only, without --validation_prompt.")
+    final_validation_prompt: str | None = flag(None, "Drawn after training only; ignored beside --validation_prompt.")
     num_validation_images: int = flag(4, "Pictures per prompt.", at_least=1)
     validation_epochs: int = flag(50, "Epochs between two validations.", at_least=1)
     validation_steps: int | None = flag(None, "Steps between two validations, instead of epochs.", at_least=1)
@@ -627,10 +627,10 @@ def choose_bucket(size: tuple[int, int], cfg: DataConfig) -> tuple[int, int] | N
 
 
 class Scan(NamedTuple):
-    """What a folder holds: usable samples, pictures that are not, other files."""
+    """What a folder holds: usable samples, what is wrong with other pictures, other files."""
 
     samples: list[Sample]
-    unusable: list[Path]
+    unusable: list[str]
     others: list[Path]
 
 
@@ -645,11 +645,13 @@ def scan_pictures(folder: Path, prompt: str | None, is_prior: bool, cfg: DataCon
         size = read_size(path)
         bucket = size and choose_bucket(size, cfg)
         if bucket is None:
-            scan.unusable.append(path)
+            why = f"is too small for any bucket ({size[0]} x {size[1]})" if size else "cannot be read as a picture"
+            scan.unusable.append(f"{path} {why}")
             continue
         caption = read_caption(path, captions)
         text = prompt if caption is None else caption
-        require(text is not None, f"--instance_prompt is required: {path} has no caption of its own")
+        column = ", or name the data set's captions in --caption_column" * (cfg.dataset_name is not None)
+        require(text is not None, f"--instance_prompt is required: {path} has no caption of its own{column}")
         scan.samples.append(Sample(path, size, bucket, text, caption is not None, is_prior))
     return scan
 
@@ -659,9 +661,9 @@ def scan_instances(folder: Path, cfg: DataConfig) -> Scan:
     origin = f"--instance_data_dir {folder}" if cfg.dataset_name is None else f"--dataset_name {cfg.dataset_name}"
     require(folder.is_dir(), f"{origin} does not exist or is no folder; name the folder that holds the pictures")
     scan = scan_pictures(folder, cfg.instance_prompt, False, cfg)
-    damaged = f" ({len(scan.unusable)} are damaged or too small)" * bool(scan.unusable)
+    damaged = f" ({scan.unusable[0]})" if scan.unusable else ""
     kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-    require(bool(scan.samples), f"{origin} holds no picture that can be read{damaged}; put some in it: {kinds}")
+    require(bool(scan.samples), f"{origin} holds no picture that can be used{damaged}; put some in it: {kinds}")
     return scan
 
 
@@ -707,9 +709,10 @@ def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
     for scan in (instances, classes):
         if scan.others:
             names = ", ".join(path.name for path in scan.others[:10]) + ", ..." * (len(scan.others) > 10)
-            say(f"not pictures, left alone: {names}")
-        for path in scan.unusable:
-            say(f"warning: {path} cannot be read as a picture, or is too small for any bucket, and will be left out")
+            is_apple = any(path.suffix.lower() in (".heic", ".heif") for path in scan.others)
+            say(f"left alone: {names}" + " (HEIC pictures must be converted, to JPEG for example)" * is_apple)
+        for problem in scan.unusable:
+            say(f"warning: {problem} and will be left out")
     samples = verify_pictures([*instances.samples, *classes.samples], encodings_folder(cfg))
     require(
         any(not sample.is_prior for sample in samples),
@@ -719,13 +722,13 @@ def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream draws by place in the list
 
 
-def plan_class_images(cfg: DataConfig, present: int) -> list[Sample]:
+def plan_class_images(cfg: Config, present: int) -> list[Sample]:
     """Name the class pictures that are still to be generated; none without prior preservation."""
     if not cfg.with_prior_preservation:
         return []
     names = (Path(cfg.class_data_dir) / f"class-{number:05d}.png" for number in itertools.count())
     free = itertools.islice((path for path in names if not path.exists()), max(0, cfg.num_class_images - present))
-    size = (cfg.resolution, cfg.resolution)
+    size = (picture_side(cfg), picture_side(cfg))
     bucket = choose_bucket(size, cfg)
     return [Sample(path, size, bucket, cfg.class_prompt, has_caption=False, is_prior=True) for path in free]
 
@@ -802,6 +805,7 @@ class Schedule:
     max_train_steps: int
     validation_interval: int  # examples between two validations
     timestep_shift: float
+    first_step: int  # where the checkpoint left the run, else 0
 
     def epoch(self, step: int) -> float:
         """Tell how many epochs the first `step` steps have covered."""
@@ -828,6 +832,7 @@ def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, timest
         max_train_steps=cfg.max_train_steps or by_epochs or 1500,
         validation_interval=by_steps or cfg.validation_epochs * epoch_examples,
         timestep_shift=timestep_shift,
+        first_step=read_checkpoint(cfg).get("step", 0),
     )
 
 
@@ -841,57 +846,73 @@ def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> colle
 def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
     """Tell what the run will do, as lines of a table. Raises UserError for a bucket that would never be trained."""
     views, covers_epoch = count_views(samples, cfg, schedule), schedule.epoch(schedule.max_train_steps) >= 1
-    table = "{:>15} {:>9} {:>9} {:>12} {:>8} {:>12} {:>12}"
-    lines = [table.format("bucket (h x w)", "pictures", "of class", "own caption", "repeats", "each seen", "smallest")]
+    table, notes = "{:>12} {:>9} {:>9} {:>12} {:>8} {:>13} {:>15}", []
+    lines = [table.format("bucket", "pictures", "of class", "own caption", "repeats", "times seen", "smallest file")]
     for bucket in sorted({sample.bucket for sample in samples}):
         indices = [index for index, sample in enumerate(samples) if sample.bucket == bucket]
         members, counts = [samples[index] for index in indices], [views[index] for index in indices]
+        name, names = f"{bucket[0]} x {bucket[1]}", ", ".join(str(sample.path) for sample in members[:5])
         require(
             not covers_epoch or max(counts) > 0,
-            f"the bucket {bucket[0]},{bucket[1]} never fills a batch of {schedule.micro_batch} in this run, so "
-            f"{', '.join(str(sample.path) for sample in members[:5])} would not be trained; lower --train_batch_size, "
-            "with more --gradient_accumulation_steps, use fewer buckets, or train longer",
+            f"bucket {name} never fills a batch of {schedule.micro_batch} in this run: {names} would not be trained; "
+            "lower --train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer",
         )
         seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         classes, captions = sum(sample.is_prior for sample in members), sum(sample.has_caption for sample in members)
         smallest = "{} x {}".format(*min((sample.size for sample in members), key=math.prod))
-        name = f"{bucket[0]} x {bucket[1]}"
         lines.append(table.format(name, len(members), classes, captions, cfg.repeats, seen, smallest))
         if len(members) < schedule.micro_batch:
-            lines.append(
-                f"  fewer pictures than a batch of {schedule.micro_batch}: they wait for later epochs to fill it; "
-                "a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
+            notes.append(
+                f"bucket {name} has fewer pictures than a batch of {schedule.micro_batch} and waits for later epochs "
+                "to fill it; a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
             )
-    enlarged = [sample for sample in samples if sample.size[0] < sample.bucket[0] or sample.size[1] < sample.bucket[1]]
-    if enlarged:
-        lines.append(f"smaller than their bucket, to be enlarged: {enlarged[0].path} and {len(enlarged) - 1} others")
+        enlarged = [sample for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
+        if enlarged:
+            notes.append(f"to be enlarged to {name}: {', '.join(str(sample.path) for sample in enlarged[:5])}")
     if not covers_epoch:
-        lines.append("the run is shorter than one epoch: not every picture will be seen")
-    return [*lines, describe_schedule(cfg, schedule), *describe_validation(cfg, schedule)]
+        notes.append("the run is shorter than one epoch: not every picture will be seen")
+    return [*lines, *notes, describe_schedule(cfg, schedule), *describe_validation(samples, cfg, schedule)]
 
 
 def describe_schedule(cfg: Config, schedule: Schedule) -> str:
-    """Tell the length of the run in steps, examples and epochs."""
-    steps, processes = schedule.max_train_steps, schedule.micro_batch // cfg.train_batch_size
+    """Tell the length of the run in steps, examples and epochs. Raises UserError if it is over already."""
+    steps, processes, first = (
+        schedule.max_train_steps,
+        schedule.micro_batch // cfg.train_batch_size,
+        schedule.first_step,
+    )
+    require(first <= steps, f"the checkpoint has done {first} steps already; raise --max_train_steps above {steps}")
+    done = f", of which {first:,} steps are done" * bool(first)
     return (
-        f"{steps:,} steps x {schedule.total_batch} examples (batch {cfg.train_batch_size} x {processes} processes x "
-        f"{cfg.gradient_accumulation_steps} accumulated) = {steps * schedule.total_batch:,} examples = "
-        f"{schedule.epoch(steps):,.1f} epochs of {schedule.epoch_examples}"
+        f"steps: {steps:,} x {schedule.total_batch} (batch {cfg.train_batch_size} x processes {processes} x "
+        f"accumulation {cfg.gradient_accumulation_steps}) = {steps * schedule.total_batch:,} examples = "
+        f"{schedule.epoch(steps):,.1f} epochs of {schedule.epoch_examples}{done}"
     )
 
 
-def describe_validation(cfg: Config, schedule: Schedule) -> list[str]:
+def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
     """Tell how often pictures are drawn and what share of the run they take, counted in forward passes per pixel."""
-    steps = range(schedule.max_train_steps)
+    steps = range(schedule.first_step, schedule.max_train_steps)
     times = sum(schedule.is_validation_step(step) for step in steps) if cfg.validation_prompt else 0
     final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
-    pictures = len(cfg.validation_prompt or [None]) * cfg.num_validation_images
-    passes = (times + final) * pictures * cfg.num_inference_steps * (2 if cfg.guidance_scale > 0 else 1)
-    work = passes * ((cfg.validation_resolution or cfg.resolution) / cfg.resolution) ** 2
-    training = schedule.max_train_steps * schedule.total_batch * (4 if cfg.gradient_checkpointing else 3)
-    share = f"{passes:,} forward passes, about {100 * work / (work + training):.0f} % of the run's work"
-    line = f"validation: {times + final} times {pictures} pictures of {cfg.num_inference_steps} steps = {share}"
+    pictures, guided = len(cfg.validation_prompt or [None]) * cfg.num_validation_images, cfg.guidance_scale > 0
+    passes = (times + final) * pictures * cfg.num_inference_steps * (1 + guided)
+    side, area = picture_side(cfg), sum(math.prod(sample.bucket) for sample in samples) / len(samples)
+    drawing = passes * side**2
+    training = len(steps) * schedule.total_batch * area * (4 if cfg.gradient_checkpointing else 3)
+    line = (
+        f"validation: {times + final} x {pictures} pictures of {side} x {side}, {cfg.num_inference_steps} steps each"
+        f"{', twice for guidance' * guided} = {passes:,} forward passes, about "
+        f"{100 * drawing / (drawing + training or 1):.0f} % of the work"
+    )
     return [line] if passes else []
+
+
+def picture_side(cfg: Config) -> int:
+    """Choose the side of the square pictures that are drawn: as asked, else the training resolution."""
+    if cfg.validation_resolution is not None or cfg.aspect_ratio_buckets is None:
+        return cfg.validation_resolution or cfg.resolution
+    return math.isqrt(max(math.prod(bucket) for bucket in parse_buckets(cfg.aspect_ratio_buckets))) // 16 * 16
 
 
 RUN_FILES = ("pytorch_lora_weights.safetensors", "config.json", "metrics.jsonl", "README.md")
@@ -918,6 +939,22 @@ def find_checkpoint(cfg: Config) -> Path | None:
     )
 
 
+def read_checkpoint(cfg: Config) -> dict[str, Any]:
+    """Read the state of the checkpoint to continue from; empty if there is none. Raises UserError if it cannot be."""
+    checkpoint = find_checkpoint(cfg)
+    if checkpoint is None:
+        return {}
+    try:
+        state = json.loads(read_text(checkpoint / "state.json"))
+        settings = {name: state["settings"][name] for name in ("rank", "lora_layers", "optimizer")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume_from_checkpoint: {checkpoint}/state.json is damaged; name another one") from error
+    for name, value in settings.items():
+        mine = getattr(cfg, name)
+        require(mine == value, f"--{name} {mine} does not fit {checkpoint}, which has {value}; give the same value")
+    return state
+
+
 def check_output(cfg: Config) -> None:
     """Refuse an output folder that is a file, that holds another run, or other files under the names of ours."""
     output = Path(cfg.output_dir)
@@ -927,7 +964,7 @@ def check_output(cfg: Config) -> None:
         cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir,
         "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two",
     )
-    find_checkpoint(cfg)
+    read_checkpoint(cfg)
     present, settings = [name for name in RUN_FILES if (output / name).exists()], read_own_config(output)
     require(
         not present or "environment" in settings or bool(list_checkpoints(output)),
@@ -965,10 +1002,8 @@ def check_model(cfg: ModelConfig) -> None:
 
 def check_components(model: Path) -> None:
     """Refuse a checkpoint folder that lacks a component, or a shard of one, naming what is missing."""
-    advice = "download the checkpoint again, whole, or name another folder in --pretrained_model_name_or_path"
-    require(
-        model.is_dir(), f"{model} is a file; --pretrained_model_name_or_path takes a folder in the diffusers format"
-    )
+    advice = "--pretrained_model_name_or_path takes a whole checkpoint folder in the diffusers format, or a hub name"
+    require(model.is_dir(), f"{model} is a file; {advice}")
     files = {
         "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
         "text_encoder": "config.json", "vae": "config.json", "transformer": "config.json",
@@ -1041,7 +1076,7 @@ logging.disable(logging.WARNING)  # torchao and diffusers report kernels and ten
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import (
@@ -1247,7 +1282,7 @@ def share_of(items: list[Any], accelerator: Accelerator) -> list[Any]:
 
 def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **options: int) -> tqdm:
     """Show a bar on the first process while items are worked through."""
-    seconds = 0.1 if sys.stderr.isatty() else 30  # a log file wants few lines
+    seconds = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
     quiet = not accelerator.is_main_process
     return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
@@ -1388,7 +1423,7 @@ def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
         if name in LAYER_ALIASES:
             say(f"--lora_layers: {name} means {' and '.join(parts)} in Z-Image")
         hits = {layer for layer in linear for part in parts if f".{part}." in f".{layer}."}
-        endings = sorted({re.sub(r"^(\w+)\.\d+\.", r"\1.N.", layer) for layer in linear})
+        endings = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in linear})
         require(bool(hits), f"--lora_layers: no linear layer is called {name}; there are {', '.join(endings)}")
         chosen |= hits
     return [layer for layer in linear if layer in chosen]
@@ -1648,22 +1683,21 @@ def resume(
     accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Put LoRA, optimizer and metrics back to where the checkpoint left them; without one, to the start."""
-    checkpoint, step = find_checkpoint(cfg), 0
+    checkpoint, content, state = find_checkpoint(cfg), read_checkpoint(cfg), collections.defaultdict(dict)
+    progress = Progress(content.get("step", 0))
     if checkpoint is not None:
-        content = json.loads(read_text(checkpoint / "state.json"))
-        step, state = content["step"], collections.defaultdict(dict)
         for name, value in (content["optimizer"] | load_file(checkpoint / "optimizer.safetensors")).items():
             index, key = name.split(".", 1)
             state[int(index)][key] = value
         set_peft_model_state_dict(accelerator.unwrap_model(transformer), load_file(checkpoint / "lora.safetensors"))
         optimizer.load_state_dict({"state": dict(state), "param_groups": content["param_groups"]})
-        say(f"continuing from {checkpoint}, after step {step}")
+        say(f"continuing from {checkpoint}, after step {progress.step}")
     elif cfg.resume_from_checkpoint is not None:
         say(f"no checkpoint in {cfg.output_dir} yet: starting afresh")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", step)
-    return Progress(step)
+        cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", progress.step)
+    return progress
 
 
 def cut_metrics(file: Path, step: int) -> None:
@@ -1703,12 +1737,7 @@ def make_pipeline(transformer: nn.Module, model: Path, dtype: torch.dtype, devic
 
 
 def draw_pictures(
-    pipeline: ZImagePipeline,
-    prompts: list[str],
-    seeds: list[int],
-    side: int,
-    encodings: Encodings,
-    cfg: ValidationConfig,
+    pipeline: ZImagePipeline, prompts: list[str], seeds: list[int], encodings: Encodings, cfg: Config
 ) -> list[Image.Image]:
     """Draw one square picture per prompt and seed from cached embeddings; the global random state is not touched."""
     device, dtype = pipeline.device, pipeline.transformer.dtype
@@ -1719,8 +1748,8 @@ def draw_pictures(
     return pipeline(
         prompt_embeds=embeddings[: len(prompts)],
         negative_prompt_embeds=embeddings[len(prompts) :],
-        height=side,
-        width=side,
+        height=picture_side(cfg),
+        width=picture_side(cfg),
         num_inference_steps=cfg.num_inference_steps,
         guidance_scale=cfg.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -1747,7 +1776,7 @@ def generate_class_images(
         for group in progress_bar(groups, "generating class pictures", accelerator):
             seeds = [derive_seed(cfg.seed, "class picture", sample.path.name) for sample in group]
             prompts = [sample.prompt for sample in group]
-            for sample, picture in zip(group, draw_pictures(pipeline, prompts, seeds, cfg.resolution, encodings, cfg)):
+            for sample, picture in zip(group, draw_pictures(pipeline, prompts, seeds, encodings, cfg)):
                 write_file(sample.path, png_bytes(picture))
         del pipeline, transformer
         free_memory()
@@ -1794,10 +1823,10 @@ def validate(
     mine = share_of(jobs, accelerator)
     live = accelerator.unwrap_model(transformer).eval()
     if mine:
+        say(f"step {step}: drawing {len(jobs)} pictures")
         pipeline = make_pipeline(live, model, DTYPES[cfg.mixed_precision], accelerator.device)
-        side = cfg.validation_resolution or cfg.resolution
         for prompt, image in mine:
-            picture = draw_pictures(pipeline, [prompts[prompt]], [cfg.seed + image], side, encodings, cfg)[0]
+            picture = draw_pictures(pipeline, [prompts[prompt]], [cfg.seed + image], encodings, cfg)[0]
             write_file(folder / f"{prompt}-{image}.png", png_bytes(picture))
         del pipeline
         free_memory()
@@ -1915,9 +1944,9 @@ def save_model_card(cfg: Config, step: int) -> None:
         widget=[{"text": text, "output": {"url": file}} for text, file in zip(texts, files)] or None,
     )
     snippet = CARD_SNIPPET.format(
-        base=base or "Tongyi-MAI/Z-Image",
+        base=base or "path/to/the/base/model",
         prompt=json.dumps((prompts or [cfg.instance_prompt or ""])[0], ensure_ascii=False),
-        side=cfg.validation_resolution or cfg.resolution,
+        side=picture_side(cfg),
         steps=cfg.num_inference_steps,
         guidance=cfg.guidance_scale,
         seed=cfg.seed,
@@ -1972,7 +2001,7 @@ CARD_SNIPPET = """
 import torch
 from diffusers import ZImagePipeline
 
-pipe = ZImagePipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
+pipe = ZImagePipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder")
 image = pipe(
     {prompt},
@@ -2071,12 +2100,14 @@ accelerate launch {script} \\
 
 def make_accelerator(cfg: Config) -> Accelerator:
     """Make the accelerator; the config alone decides about precision and accumulation."""
+    names, known = cfg.report_to.split(","), [*LoggerType.list(), "none"]
+    require(set(names) <= set(known), f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}")
     return Accelerator(
         mixed_precision=cfg.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        log_with=None if cfg.report_to == "none" else cfg.report_to.split(","),
+        log_with=None if cfg.report_to == "none" else names,
         project_config=ProjectConfiguration(cfg.output_dir, logging_dir=str(Path(cfg.output_dir) / "logs")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
@@ -2084,18 +2115,27 @@ def make_accelerator(cfg: Config) -> Accelerator:
 
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
-    output, logs = Path(cfg.output_dir), Path(cfg.output_dir) / "logs"
+    output = Path(cfg.output_dir)
+    if cfg.report_to != "none":
+        start_trackers(cfg, accelerator, output / "logs")
     if accelerator.is_main_process:
         if cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None):
             remove_run(output)
         for leftover in output.glob(".checkpoint-*.tmp"):  # of a run that was killed while saving
             shutil.rmtree(leftover)
         save_config(cfg)
-        if cfg.report_to != "none":
-            logs.mkdir(exist_ok=True)  # wandb writes elsewhere if its folder is missing
     accelerator.wait_for_everyone()
+
+
+def start_trackers(cfg: Config, accelerator: Accelerator, logs: Path) -> None:
+    """Start the trackers. Raises UserError if one cannot start, for want of a login or a network."""
+    logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(cfg).items()}
-    accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
+    try:
+        accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
+    except Exception as error:  # every tracker raises its own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--report_to {cfg.report_to} cannot start: {reason} (for wandb: `wandb login`)") from error
 
 
 def remove_run(output: Path) -> None:
