@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -944,6 +945,25 @@ def test_a_second_run_encodes_nothing_and_says_so(make_config, tmp_path, capsys,
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "fresh").rglob("*.safetensors")} == cached
 
 
+@pytest.mark.parametrize(("guidance", "negatives"), [(0.0, set()), (2.0, {"blurry"})])
+def test_every_prompt_is_encoded_once_and_no_negative_without_guidance(guidance, negatives, make_config, tmp_path):
+    cfg = make_config(
+        cache_dir=str(tmp_path / "fresh"), validation_prompt=("a", "b", "a photo of sks dog"), negative_prompt="blurry",
+        guidance_scale=guidance, num_inference_steps=1,
+    )  # fmt: skip
+    run(cfg)
+    encodings = encodings_of(cfg, cfg.pretrained_model_name_or_path)
+    expected = {encodings.prompt(prompt) for prompt in {"a", "b", "a photo of sks dog", *negatives}}
+    assert set((tmp_path / "fresh" / "z-image-encodings" / "prompts").iterdir()) == expected
+
+
+def test_batches_can_cross_to_worker_processes(make_config, model):
+    """Nothing of the loader is a closure: it pickles, as workers on Windows and macOS need."""
+    cfg = make_config()
+    examples = z.TrainingExamples([sample(0)], encodings_of(cfg, model), cfg)
+    assert pickle.loads(pickle.dumps((examples, z.collate)))[1] is z.collate
+
+
 def test_changed_ingredients_miss_the_cache(make_config, model, pictures, tmp_path):
     def files(folder=model, **changes):
         cfg = make_config(**changes)
@@ -1274,6 +1294,22 @@ def test_batch_4_equals_4_accumulated(make_config, tmp_path):
     assert len(curves[0]) == 6 and len(set(curves[0])) == 6
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], abs=1e-4)
+
+
+TOY = HERE.parent / "shared" / "toy" / "toy-z-image"
+
+
+@pytest.mark.skipif(not TOY.is_dir(), reason="needs the toy model beside the repository, in ../shared/toy")
+def test_a_model_that_draws_learns_the_subject(make_config, tmp_path):
+    """Real weights, real pictures: sixty steps nearly halve the loss, and the pictures change towards the subject."""
+    z.make_demo_pictures(tmp_path / "badge")
+    cfg = make_config(
+        pretrained_model_name_or_path=str(TOY), instance_data_dir=str(tmp_path / "badge"), resolution=64, rank=16,
+        instance_prompt="a sks badge", max_train_steps=60, train_batch_size=4, learning_rate=2e-3,
+    )  # fmt: skip
+    run(cfg)
+    losses = losses_of(cfg)
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:10]) * 2
 
 
 EXACT = {
