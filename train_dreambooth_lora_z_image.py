@@ -240,7 +240,7 @@ class OptimizerConfig(Settings):
     """Optimizer"""
 
     optimizer: Literal["adamw", "prodigy"] = flag("adamw", "In any case; prodigy wants --learning_rate 1.")
-    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0)
+    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0, below=1e6)
     adam_beta1: float = flag(0.9, "Decay of the first moment, also Prodigy's.", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "Decay of the second moment, also Prodigy's.", at_least=0, below=1)
     adam_weight_decay: float = flag(1e-4, "Weight decay, also Prodigy's.", at_least=0)
@@ -265,8 +265,13 @@ class OptimizerConfig(Settings):
             "--lr_scheduler piecewise_constant and --lr_step_rules need each other",
         )
         require(
-            re.fullmatch(r"([\d.]+:\d+,)*[\d.]+", self.lr_step_rules or "1") is not None,
+            self.lr_step_rules is None
+            or re.fullmatch(r"(\d{1,9}(\.\d+)?:\d{1,9},)*\d{1,9}(\.\d+)?", self.lr_step_rules) is not None,
             f"--lr_step_rules reads 'factor:until_step,...,factor', such as 1:100,0.1; got {self.lr_step_rules!r}",
+        )
+        require(
+            self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7,
+            f"--lr_scheduler polynomial falls to 1e-7; --learning_rate must be above that, got {self.learning_rate}",
         )
 
 
@@ -274,7 +279,7 @@ class OptimizerConfig(Settings):
 class TrainingConfig(Settings):
     """Training"""
 
-    seed: int = flag(0, "Every random choice follows from it.", at_least=0)
+    seed: int = flag(0, "Every random choice follows from it.", at_least=0, below=2**32)
     max_train_steps: int | None = flag(None, "Optimizer steps. Default: 1500, or what the epochs need.", at_least=1)
     num_train_epochs: int | None = flag(None, "Epochs, each showing every sample once.", at_least=1)
     train_batch_size: int = flag(1, "Pictures per process in one forward pass.", at_least=1)
@@ -332,6 +337,9 @@ class Config(
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             require(matches(value, hint), f"--{field.name} does not take {value!r}; it takes {describe_type(hint)}")
+            require(
+                value != "" or field.name.endswith("prompt"), f"--{field.name} is empty; give a value or leave it out"
+            )
             for name, bound in field.metadata["bounds"].items():
                 holds, words = BOUNDS[name]
                 require(value is None or holds(value, bound), f"--{field.name} {words} {bound}, got {value}")
@@ -350,16 +358,24 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and len(value) > 0 and all(matches(item, options[0]) for item in value)
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and -1e300 < value < 1e300
+    return isinstance(value, hint) and (hint is not str or is_text(value))
+
+
+def is_text(value: str) -> bool:
+    """Tell whether a string can be written as UTF-8; bytes that were none come from a shell as lone surrogates."""
+    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
+
+
+TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 
 def describe_type(hint: Any) -> str:
-    """Name a type as a user would: 'int', 'bf16 or no'."""
+    """Name a type as a user would: 'a whole number', 'bf16 or no'."""
     options = [option for option in typing.get_args(hint) if option is not types.NoneType and option is not ...]
-    return (
-        " or ".join(option if isinstance(option, str) else describe_type(option) for option in options)
-        or hint.__name__
-    )
+    names = [option if isinstance(option, str) else describe_type(option) for option in options]
+    return "a list of texts" if typing.get_origin(hint) is tuple else " or ".join(names) or TYPE_NAMES[hint]
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -418,8 +434,8 @@ def parse_bool(text: str) -> bool:
 def read_settings(file: Path) -> dict[str, Any]:
     """Read a saved config.json, less the record of its environment. Raises UserError if it is none."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {file} cannot be read as JSON: {error}") from error
     require(isinstance(settings, dict), f"--config {file} must hold one JSON object of settings")
     settings.pop("environment", None)
@@ -535,9 +551,9 @@ def read_text(path: Path) -> str:
 
 
 def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
-    """Read the captions of one metadata.jsonl. Raises UserError for a picture that is not there."""
+    """Read the captions of one metadata.jsonl. Raises UserError for a picture that is not there, or a bad caption."""
     captions = {}
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -551,8 +567,10 @@ def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
             picture in pictures,
             f"{file}, line {number} names {row['file_name']}, which is no picture there; mend or remove the line",
         )
-        caption = next((row[key] for key in ("text", "caption", "prompt") if isinstance(row.get(key), str)), None)
+        caption = next((row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None), None)
         if caption is not None:
+            is_caption = isinstance(caption, str) and is_text(caption)
+            require(is_caption, f"{file}, line {number}: the caption {caption!r} is not text; put it in quotes")
             captions[picture] = caption.strip()
     return captions
 
@@ -561,7 +579,7 @@ def read_caption(picture: Path, metadata: dict[Path, str]) -> str | None:
     """Find a picture's own caption: NAME.txt, else NAME.caption, else metadata.jsonl."""
     for suffix in CAPTION_SUFFIXES:
         beside = picture.with_suffix(suffix)
-        if beside.is_file():
+        if os.path.isfile(beside):  # unlike Path.is_file, false for a name that is too long
             return read_text(beside).strip()
     return metadata.get(picture)
 
@@ -571,7 +589,8 @@ def read_size(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            return (width, height) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (height, width)
+            is_turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (width, height) if is_turned else (height, width)  # Pillow gives a TIFF's size upright
     except Exception:  # Pillow's readers raise almost anything on damaged files
         return None
 
@@ -636,7 +655,7 @@ class Scan(NamedTuple):
 
 def scan_pictures(folder: Path, prompt: str | None, is_prior: bool, cfg: DataConfig) -> Scan:
     """Read headers and captions of all pictures below a folder. Raises UserError for a bad or missing caption."""
-    files = find_files(folder)
+    files = find_files(Path(os.path.normpath(folder)))
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     tables = [path for path in files if path.name == "metadata.jsonl"]
     captions = {key: text for table in tables for key, text in read_metadata(table, set(pictures)).items()}
@@ -722,13 +741,13 @@ def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream draws by place in the list
 
 
-def plan_class_images(cfg: Config, present: int) -> list[Sample]:
+def plan_class_images(cfg: DataConfig, present: int) -> list[Sample]:
     """Name the class pictures that are still to be generated; none without prior preservation."""
     if not cfg.with_prior_preservation:
         return []
     names = (Path(cfg.class_data_dir) / f"class-{number:05d}.png" for number in itertools.count())
     free = itertools.islice((path for path in names if not path.exists()), max(0, cfg.num_class_images - present))
-    size = (picture_side(cfg), picture_side(cfg))
+    size = (training_side(cfg), training_side(cfg))
     bucket = choose_bucket(size, cfg)
     return [Sample(path, size, bucket, cfg.class_prompt, has_caption=False, is_prior=True) for path in free]
 
@@ -742,6 +761,10 @@ def export_dataset(cfg: Config) -> Path:
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
     except Exception as error:  # every loader raises its own; the text is what helps
         raise UserError(f"--dataset_name {cfg.dataset_name} cannot be loaded: {error}") from error
+    names = ", ".join(splits)
+    require(
+        "train" in splits or len(splits) == 1, f"--dataset_name {cfg.dataset_name} has no split train, but {names}"
+    )
     table = splits["train"] if "train" in splits else next(iter(splits.values()))
     for name, column in (("image_column", cfg.image_column), ("caption_column", cfg.caption_column)):
         require(
@@ -751,7 +774,10 @@ def export_dataset(cfg: Config) -> Path:
     kind = table.features[cfg.image_column]
     require(isinstance(kind, datasets.Image), f"--image_column {cfg.image_column} holds no pictures but {kind}")
     pictures = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
-    captions = table[cfg.caption_column] if cfg.caption_column else itertools.repeat(None)
+    require(None not in pictures, f"--dataset_name {cfg.dataset_name} has rows without a picture; remove them")
+    captions = list(table[cfg.caption_column]) if cfg.caption_column else [None] * len(pictures)
+    are_texts = all(caption is None or isinstance(caption, str) for caption in captions)
+    require(are_texts, f"--caption_column {cfg.caption_column} holds no text")
     names = [f"{number:06d}-{sha256(picture_bytes(picture))[:16]}.png" for number, picture in enumerate(pictures)]
     rows = [{"file_name": name, "text": caption} for name, caption in zip(names, captions)]
     metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -846,6 +872,10 @@ def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> colle
 def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
     """Tell what the run will do, as lines of a table. Raises UserError for a bucket that would never be trained."""
     views, covers_epoch = count_views(samples, cfg, schedule), schedule.epoch(schedule.max_train_steps) >= 1
+    shown = {
+        is_prior: sum(views[i] for i, s in enumerate(samples) if s.is_prior is is_prior) for is_prior in (False, True)
+    }
+    due = {is_prior: sum(s.is_prior is is_prior for s in samples) for is_prior in (False, True)}
     table, notes = "{:>12} {:>9} {:>9} {:>12} {:>8} {:>13} {:>15}", []
     lines = [table.format("bucket", "pictures", "of class", "own caption", "repeats", "times seen", "smallest file")]
     for bucket in sorted({sample.bucket for sample in samples}):
@@ -853,7 +883,7 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         members, counts = [samples[index] for index in indices], [views[index] for index in indices]
         name, names = f"{bucket[0]} x {bucket[1]}", ", ".join(str(sample.path) for sample in members[:5])
         require(
-            not covers_epoch or max(counts) > 0,
+            max(counts) > 0 or all(shown[member.is_prior] < due[member.is_prior] for member in members),
             f"bucket {name} never fills a batch of {schedule.micro_batch} in this run: {names} would not be trained; "
             "lower --train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer",
         )
@@ -881,7 +911,7 @@ def describe_schedule(cfg: Config, schedule: Schedule) -> str:
         schedule.micro_batch // cfg.train_batch_size,
         schedule.first_step,
     )
-    require(first <= steps, f"the checkpoint has done {first} steps already; raise --max_train_steps above {steps}")
+    require(first <= steps, f"the checkpoint has done {first} steps already; give --max_train_steps at least that")
     done = f", of which {first:,} steps are done" * bool(first)
     return (
         f"steps: {steps:,} x {schedule.total_batch} (batch {cfg.train_batch_size} x processes {processes} x "
@@ -897,7 +927,10 @@ def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) 
     final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
     pictures, guided = len(cfg.validation_prompt or [None]) * cfg.num_validation_images, cfg.guidance_scale > 0
     passes = (times + final) * pictures * cfg.num_inference_steps * (1 + guided)
-    side, area = picture_side(cfg), sum(math.prod(sample.bucket) for sample in samples) / len(samples)
+    side, area = (
+        cfg.validation_resolution or training_side(cfg),
+        sum(math.prod(sample.bucket) for sample in samples) / len(samples),
+    )
     drawing = passes * side**2
     training = len(steps) * schedule.total_batch * area * (4 if cfg.gradient_checkpointing else 3)
     line = (
@@ -908,10 +941,10 @@ def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) 
     return [line] if passes else []
 
 
-def picture_side(cfg: Config) -> int:
-    """Choose the side of the square pictures that are drawn: as asked, else the training resolution."""
-    if cfg.validation_resolution is not None or cfg.aspect_ratio_buckets is None:
-        return cfg.validation_resolution or cfg.resolution
+def training_side(cfg: DataConfig) -> int:
+    """Choose the side of a square picture as large as the training pictures."""
+    if cfg.aspect_ratio_buckets is None:
+        return cfg.resolution
     return math.isqrt(max(math.prod(bucket) for bucket in parse_buckets(cfg.aspect_ratio_buckets))) // 16 * 16
 
 
@@ -930,8 +963,8 @@ def find_checkpoint(cfg: Config) -> Path | None:
         return None
     if cfg.resume_from_checkpoint == "latest":
         return next(reversed(list_checkpoints(Path(cfg.output_dir))), None)
-    for folder in (Path(cfg.resume_from_checkpoint), Path(cfg.output_dir, cfg.resume_from_checkpoint)):
-        if (folder / "state.json").is_file():
+    for folder in (Path(cfg.output_dir, cfg.resume_from_checkpoint), Path(cfg.resume_from_checkpoint)):
+        if os.path.isfile(folder / "state.json"):
             return folder
     raise UserError(
         f"--resume_from_checkpoint {cfg.resume_from_checkpoint} is no checkpoint of this program (no state.json); "
@@ -940,43 +973,68 @@ def find_checkpoint(cfg: Config) -> Path | None:
 
 
 def read_checkpoint(cfg: Config) -> dict[str, Any]:
-    """Read the state of the checkpoint to continue from; empty if there is none. Raises UserError if it cannot be."""
+    """Read the state of the checkpoint to continue from, if there is one. Raises UserError if it does not fit."""
     checkpoint = find_checkpoint(cfg)
     if checkpoint is None:
         return {}
+    damage = f"--resume_from_checkpoint: {checkpoint} is damaged; name another one"
     try:
         state = json.loads(read_text(checkpoint / "state.json"))
         settings = {name: state["settings"][name] for name in ("rank", "lora_layers", "optimizer")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume_from_checkpoint: {checkpoint}/state.json is damaged; name another one") from error
+        is_good = state["step"] >= 0 and isinstance(state["optimizer"], dict) and len(state["param_groups"]) == 1
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(damage) from error
+    require(is_good and is_whole(checkpoint / "lora.safetensors"), damage)
+    require(is_whole(checkpoint / "optimizer.safetensors"), damage)
     for name, value in settings.items():
         mine = getattr(cfg, name)
         require(mine == value, f"--{name} {mine} does not fit {checkpoint}, which has {value}; give the same value")
     return state
 
 
+def is_whole(path: Path) -> bool:
+    """Tell whether a safetensors file is there and as long as its header says."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < os.path.getsize(path) else {}
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return os.path.getsize(path) == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def check_output(cfg: Config) -> None:
     """Refuse an output folder that is a file, that holds another run, or other files under the names of ours."""
     output = Path(cfg.output_dir)
     for path in (output, *output.parents):
-        require(not path.exists() or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
+        require(not os.path.exists(path) or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
     require(
         cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir,
         "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two",
     )
     read_checkpoint(cfg)
-    present, settings = [name for name in RUN_FILES if (output / name).exists()], read_own_config(output)
+    settings, checkpoints = read_own_config(output), list_checkpoints(output)
+    present = [name for name in RUN_FILES if os.path.exists(output / name)]
+    foreign = present if "environment" not in settings and not checkpoints else []
+    foreign += sorted(path.name for path in output.glob("checkpoint-*") if is_foreign_checkpoint(path))
     require(
-        not present or "environment" in settings or bool(list_checkpoints(output)),
-        f"--output_dir {output} holds {', '.join(present)}, which this program did not write; name another folder",
+        not foreign,
+        f"--output_dir {output} holds {', '.join(foreign)}, which this program did not write; name another folder",
     )
-    is_free = RUN_FILES[0] not in present and not list_checkpoints(output)
     is_demo = cfg.demo and settings.get("demo") is True
+    is_resumed = cfg.resume_from_checkpoint is not None and find_checkpoint(cfg) is not None
     require(
-        is_free or is_demo or cfg.resume_from_checkpoint is not None or cfg.overwrite_output_dir,
-        f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest, replace it with "
-        "--overwrite_output_dir, or name another folder",
+        (RUN_FILES[0] not in present and not checkpoints) or is_demo or is_resumed or cfg.overwrite_output_dir,
+        f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest if it has "
+        "checkpoints, replace it with --overwrite_output_dir, or name another folder",
     )
+
+
+def is_foreign_checkpoint(path: Path) -> bool:
+    """Tell whether something has the name of a checkpoint and is none of ours, such as one of diffusers' script."""
+    is_ours = path.is_dir() and not path.is_symlink() and (path / "state.json").is_file()
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and not is_ours
 
 
 def read_own_config(output: Path) -> dict[str, Any]:
@@ -991,7 +1049,7 @@ def read_own_config(output: Path) -> dict[str, Any]:
 def check_model(cfg: ModelConfig) -> None:
     """Refuse a name that is neither a complete checkpoint folder nor a possible hub name."""
     name = cfg.pretrained_model_name_or_path
-    if Path(name).exists():
+    if os.path.exists(name):
         check_components(Path(name))
         return
     require(
@@ -1010,15 +1068,21 @@ def check_components(model: Path) -> None:
     }  # fmt: skip
     for component, file in files.items():
         require((model / component / file).is_file(), f"{model} has no {component}/{file}; {advice}")
+        weights = sorted((model / component).glob("*.safetensors"))
         if file == "config.json":
-            require(
-                any((model / component).glob("*.safetensors")),
-                f"{model}/{component} has no weights (*.safetensors); {advice}",
-            )
-        for index in (model / component).glob("*.safetensors.index.json"):
-            shards = set(json.loads(read_text(index))["weight_map"].values())
+            require(bool(weights), f"{model}/{component} has no weights (*.safetensors); {advice}")
+        for path in weights:
+            require(is_whole(path), f"{path} is damaged or was not downloaded to its end; {advice}")
+        for path in sorted((model / component).glob("*.json")):
+            try:
+                content = json.loads(read_text(path))
+                shards = set(content["weight_map"].values()) if path.name.endswith(".index.json") else set()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path} is damaged; {advice}") from error
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
             require(not missing, f"{model}/{component} lacks {', '.join(missing)}; {advice}")
+    vocabularies = [model / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
+    require(any(path.is_file() for path in vocabularies), f"{model}/tokenizer has no tokenizer.json; {advice}")
 
 
 def check_packages(cfg: Config) -> None:
@@ -1037,30 +1101,34 @@ def check_inputs(cfg: Config) -> None:
     require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
     check_packages(cfg)
     check_output(cfg)
-    check_model(cfg)
-    if cfg.instance_data_dir is not None:
-        check_nesting(cfg)
+    check_nesting(cfg)
+    made = demo_settings(cfg.output_dir) if cfg.demo else {}  # what `make_demo` has still to make
+    if cfg.pretrained_model_name_or_path != made.get("pretrained_model_name_or_path"):
+        check_model(cfg)
+    if cfg.instance_data_dir not in (None, made.get("instance_data_dir")):
         scan_instances(Path(cfg.instance_data_dir), cfg)
     scan_classes(cfg)
 
 
 def check_nesting(cfg: Config) -> None:
-    """Refuse folders below the instance pictures, where the pictures this program makes would be learned."""
-    pictures = Path(cfg.instance_data_dir).resolve()
-    for name in ("output_dir", "class_data_dir", "cache_dir"):
-        folder = getattr(cfg, name)
-        require(
-            folder is None or not Path(folder).resolve().is_relative_to(pictures),
-            f"--{name} {folder} lies in --instance_data_dir {cfg.instance_data_dir}, whose pictures are all learned; "
-            "name a folder beside it",
-        )
+    """Refuse folders below pictures that are learned, where pictures this program makes would be learned as well."""
+    names = ("instance_data_dir", "dataset_name", "class_data_dir", "output_dir", "cache_dir")
+    folders = {name: Path(getattr(cfg, name)).resolve() for name in names if getattr(cfg, name) is not None}
+    for source in names[:3]:
+        if source in folders and os.path.isdir(folders[source]):
+            inside = [name for name in folders if name != source and folders[name].is_relative_to(folders[source])]
+            require(
+                not inside,
+                f"--{inside and inside[0]} lies in --{source} {folders[source]}, all of whose pictures are learned; "
+                "name a folder beside it",
+            )
 
 
 def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
     """Run a part of the program; an error that the user can mend ends it with its sentence, not with a traceback."""
     try:
         conductor(cfg)
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, OSError) as error:  # OSError: a disk that is full or may not be written
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1069,8 +1137,7 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
 RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when pasted into a notebook cell
 if RUN_AS_SCRIPT:
     CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once
-    if not CONFIG.demo:  # whose inputs are still to be made
-        run_or_exit(check_inputs, CONFIG)
+    run_or_exit(check_inputs, CONFIG)
 
 logging.disable(logging.WARNING)  # torchao and diffusers report kernels and tensors that nobody here asked for
 import torch
@@ -1166,7 +1233,7 @@ def file_digest(path: Path, folder: Path) -> str:
     """Hash a large file, remembering the result by path, size and time of change."""
     status = path.stat()
     memo = cache_file(folder, "digests", str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if not memo.exists():
+    if not memo.exists() or re.fullmatch(rb"[0-9a-f]{64}", memo.read_bytes()) is None:
         if status.st_size > 1e9:
             say(f"hashing {path.name}, {status.st_size / 1e9:.1f} GB, once")
         with open(path, "rb") as file:
@@ -1306,7 +1373,7 @@ def fill_prompts_cache(
     prompts: list[str], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator
 ) -> None:
     """Encode the prompts that are not on disk yet; only then is the text encoder loaded, and freed again."""
-    missing = [prompt for prompt in dict.fromkeys(prompts) if not encodings.prompt(prompt).exists()]
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_whole(encodings.prompt(prompt))]
     if not missing:
         say(f"prompts: all {len(set(prompts))} come from the cache, the text encoder is not loaded")
     mine = share_of(missing, accelerator)
@@ -1326,7 +1393,7 @@ def fill_latents_cache(
 ) -> None:
     """Encode the pictures that are not on disk yet, with mirror images if wanted; only then is the VAE loaded."""
     wanted = [(sample, is_flipped) for sample in samples for is_flipped in (False, True)[: 1 + cfg.random_flip]]
-    missing = [job for job in wanted if not encodings.latents(*job).exists()]
+    missing = [job for job in wanted if not is_whole(encodings.latents(*job))]
     if not missing:
         say(f"latents: all {len(wanted)} come from the cache, the VAE is not loaded for training")
     mine = share_of(missing, accelerator)
@@ -1631,6 +1698,14 @@ def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
     )
 
 
+def finite_lora(transformer: nn.Module) -> dict[str, Tensor]:
+    """Collect the LoRA's tensors. Raises FloatingPointError rather than let a broken LoRA be saved."""
+    state = get_peft_model_state_dict(transformer)
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise FloatingPointError("the LoRA is no longer finite and is not saved; lower --learning_rate")
+    return state
+
+
 def save_checkpoint(
     accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
@@ -1647,7 +1722,7 @@ def save_checkpoint(
             "param_groups": state["param_groups"],
             "settings": dataclasses.asdict(cfg),
         }
-        save_tensors(temporary / "lora.safetensors", get_peft_model_state_dict(accelerator.unwrap_model(transformer)))
+        save_tensors(temporary / "lora.safetensors", finite_lora(accelerator.unwrap_model(transformer)))
         save_tensors(temporary / "optimizer.safetensors", tensors)
         write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
         for path in (output / "metrics.jsonl", temporary):
@@ -1683,28 +1758,55 @@ def resume(
     accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Put LoRA, optimizer and metrics back to where the checkpoint left them; without one, to the start."""
-    checkpoint, content, state = find_checkpoint(cfg), read_checkpoint(cfg), collections.defaultdict(dict)
+    checkpoint, content = find_checkpoint(cfg), read_checkpoint(cfg)
     progress = Progress(content.get("step", 0))
     if checkpoint is not None:
-        for name, value in (content["optimizer"] | load_file(checkpoint / "optimizer.safetensors")).items():
-            index, key = name.split(".", 1)
-            state[int(index)][key] = value
-        set_peft_model_state_dict(accelerator.unwrap_model(transformer), load_file(checkpoint / "lora.safetensors"))
-        optimizer.load_state_dict({"state": dict(state), "param_groups": content["param_groups"]})
+        load_checkpoint(checkpoint, content, accelerator.unwrap_model(transformer), optimizer)
         say(f"continuing from {checkpoint}, after step {progress.step}")
     elif cfg.resume_from_checkpoint is not None:
         say(f"no checkpoint in {cfg.output_dir} yet: starting afresh")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", progress.step)
+        for later in list_checkpoints(Path(cfg.output_dir)):
+            if int(later.name[11:]) > progress.step:  # else `latest` would continue what was given up
+                say(f"{later} is not continued; it is now called superseded-{later.name}")
+                remove_folder(later.with_name(f"superseded-{later.name}"))
+                os.replace(later, later.with_name(f"superseded-{later.name}"))
     return progress
+
+
+def load_checkpoint(
+    checkpoint: Path, content: dict[str, Any], transformer: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Load LoRA and optimizer; settings of the optimizer stay as this run has them. Raises UserError on a misfit."""
+    lora, values = load_file(checkpoint / "lora.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+    state: dict[int, dict[str, Any]] = collections.defaultdict(dict)
+    for name, value in (content["optimizer"] | values).items():
+        index, key = name.split(".", 1)
+        state[int(index)][key] = value
+    group, fresh = content["param_groups"][0], optimizer.state_dict()["param_groups"][0]
+    kept = (
+        "params",
+        "k",
+        "d",
+        "d_max",
+        "d_numerator",
+        "d_denom",
+        "d_hat",
+    )  # what the optimizer counts, not what it is told
+    fits = lora.keys() == get_peft_model_state_dict(transformer).keys() and sorted(state) == fresh["params"]
+    require(fits, f"--resume_from_checkpoint: {checkpoint} is damaged; name another one")
+    set_peft_model_state_dict(transformer, lora)
+    group = fresh | {name: value for name, value in group.items() if name in kept}
+    optimizer.load_state_dict({"state": dict(state), "param_groups": [group]})
 
 
 def cut_metrics(file: Path, step: int) -> None:
     """Keep the metrics of the first `step` steps, so that continuing repeats none; a torn last line goes too."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    write_file(file, b"".join(line for line in whole if json.loads(line)["step"] <= step))
+    steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
+    write_file(file, b"".join(match[0] for match in steps if match is not None and int(match[1]) <= step))
 
 
 def log_metrics(
@@ -1737,7 +1839,12 @@ def make_pipeline(transformer: nn.Module, model: Path, dtype: torch.dtype, devic
 
 
 def draw_pictures(
-    pipeline: ZImagePipeline, prompts: list[str], seeds: list[int], encodings: Encodings, cfg: Config
+    pipeline: ZImagePipeline,
+    prompts: list[str],
+    seeds: list[int],
+    side: int,
+    encodings: Encodings,
+    cfg: ValidationConfig,
 ) -> list[Image.Image]:
     """Draw one square picture per prompt and seed from cached embeddings; the global random state is not touched."""
     device, dtype = pipeline.device, pipeline.transformer.dtype
@@ -1748,8 +1855,8 @@ def draw_pictures(
     return pipeline(
         prompt_embeds=embeddings[: len(prompts)],
         negative_prompt_embeds=embeddings[len(prompts) :],
-        height=picture_side(cfg),
-        width=picture_side(cfg),
+        height=side,
+        width=side,
         num_inference_steps=cfg.num_inference_steps,
         guidance_scale=cfg.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -1776,7 +1883,9 @@ def generate_class_images(
         for group in progress_bar(groups, "generating class pictures", accelerator):
             seeds = [derive_seed(cfg.seed, "class picture", sample.path.name) for sample in group]
             prompts = [sample.prompt for sample in group]
-            for sample, picture in zip(group, draw_pictures(pipeline, prompts, seeds, encodings, cfg)):
+            for sample, picture in zip(
+                group, draw_pictures(pipeline, prompts, seeds, training_side(cfg), encodings, cfg)
+            ):
                 write_file(sample.path, png_bytes(picture))
         del pipeline, transformer
         free_memory()
@@ -1825,8 +1934,9 @@ def validate(
     if mine:
         say(f"step {step}: drawing {len(jobs)} pictures")
         pipeline = make_pipeline(live, model, DTYPES[cfg.mixed_precision], accelerator.device)
+        side = cfg.validation_resolution or training_side(cfg)
         for prompt, image in mine:
-            picture = draw_pictures(pipeline, [prompts[prompt]], [cfg.seed + image], encodings, cfg)[0]
+            picture = draw_pictures(pipeline, [prompts[prompt]], [cfg.seed + image], side, encodings, cfg)[0]
             write_file(folder / f"{prompt}-{image}.png", png_bytes(picture))
         del pipeline
         free_memory()
@@ -1901,7 +2011,7 @@ def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module
     file = Path(cfg.output_dir) / "pytorch_lora_weights.safetensors"
     live = accelerator.unwrap_model(transformer)
     dtype = torch.float32 if cfg.upcast_before_saving else DTYPES[cfg.mixed_precision]
-    exported = export_lora(get_peft_model_state_dict(live), cfg.lora_scale, dtype)
+    exported = export_lora(finite_lora(live), cfg.lora_scale, dtype)
     if accelerator.is_main_process:
         save_tensors(file, exported, lora_metadata(cfg))
     set_peft_model_state_dict(live, import_lora(exported, cfg.lora_scale))
@@ -1946,7 +2056,7 @@ def save_model_card(cfg: Config, step: int) -> None:
     snippet = CARD_SNIPPET.format(
         base=base or "path/to/the/base/model",
         prompt=json.dumps((prompts or [cfg.instance_prompt or ""])[0], ensure_ascii=False),
-        side=picture_side(cfg),
+        side=cfg.validation_resolution or training_side(cfg),
         steps=cfg.num_inference_steps,
         guidance=cfg.guidance_scale,
         seed=cfg.seed,
@@ -2078,8 +2188,10 @@ def make_demo(cfg: Config, accelerator: Accelerator) -> None:
     """Make the model and the pictures that `demo_settings` names; what the user named instead is left alone."""
     if accelerator.is_main_process:
         settings = demo_settings(cfg.output_dir)
-        make_demo_model(Path(settings["pretrained_model_name_or_path"]))
-        make_demo_pictures(Path(settings["instance_data_dir"]))
+        if cfg.pretrained_model_name_or_path == settings["pretrained_model_name_or_path"]:
+            make_demo_model(Path(cfg.pretrained_model_name_or_path))
+        if cfg.instance_data_dir == settings["instance_data_dir"]:
+            make_demo_pictures(Path(cfg.instance_data_dir))
     accelerator.wait_for_everyone()
 
 
@@ -2100,17 +2212,26 @@ accelerate launch {script} \\
 
 def make_accelerator(cfg: Config) -> Accelerator:
     """Make the accelerator; the config alone decides about precision and accumulation."""
-    names, known = cfg.report_to.split(","), [*LoggerType.list(), "none"]
-    require(set(names) <= set(known), f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}")
-    return Accelerator(
-        mixed_precision=cfg.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=None if cfg.report_to == "none" else names,
-        project_config=ProjectConfiguration(cfg.output_dir, logging_dir=str(Path(cfg.output_dir) / "logs")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    names, known = cfg.report_to.split(","), LoggerType.list()
+    is_known = names == ["none"] or set(names) <= set(known)
+    require(is_known, f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}, or none")
+    accumulation = GradientAccumulationPlugin(num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=cfg.mixed_precision,
+            gradient_accumulation_plugin=accumulation,
+            log_with=None if names == ["none"] else names,
+            project_config=ProjectConfiguration(cfg.output_dir, logging_dir=str(Path(cfg.output_dir) / "logs")),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+    except ValueError as error:  # it keeps its state as long as the process lives
+        reason = f"accelerate does not start: {str(error).strip().splitlines()[0]}"
+        raise UserError(f"{reason} In a notebook, restart the kernel to change --mixed_precision") from error
+    is_there = names in (["none"], ["all"]) or len(accelerator.log_with) == len(names)
+    require(
+        is_there, f"--report_to {cfg.report_to}: a tracker's package is not installed; pip install {' '.join(names)}"
     )
+    return accelerator
 
 
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
@@ -2119,7 +2240,8 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     if cfg.report_to != "none":
         start_trackers(cfg, accelerator, output / "logs")
     if accelerator.is_main_process:
-        if cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None):
+        is_ours = "environment" in read_own_config(output) or bool(list_checkpoints(output))
+        if is_ours and (cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)):
             remove_run(output)
         for leftover in output.glob(".checkpoint-*.tmp"):  # of a run that was killed while saving
             shutil.rmtree(leftover)
@@ -2142,17 +2264,23 @@ def remove_run(output: Path) -> None:
     """Remove what an earlier run of this program wrote, and nothing else."""
     for name in RUN_FILES:
         (output / name).unlink(missing_ok=True)
-    pictures = [path for path in (output / "validation").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    for folder in (*list_checkpoints(output), *pictures):
+    for folder in list_checkpoints(output):
         remove_folder(folder)
+    pictures = [path for path in output.glob("validation/step-*/*.png")]
+    for path in pictures:
+        if re.fullmatch(r"step-\d+/(\d+-\d+|sheet)\.png", f"{path.parent.name}/{path.name}"):
+            path.unlink()
+    for folder in {path.parent for path in pictures}:
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def main(cfg: Config) -> Path:
     """Run everything: config -> data plan -> caches -> model -> loop -> artefacts. Returns the LoRA file."""
+    check_inputs(cfg)
     accelerator = make_accelerator(cfg)
     if cfg.demo:
         make_demo(cfg, accelerator)
-    check_inputs(cfg)
     for line in advice(cfg):
         say(line)
 
