@@ -183,7 +183,9 @@ def broken_house_rules(source):
 
 
 def test_house_rules():
-    assert broken_house_rules(SCRIPT.read_text(encoding="utf-8")) == []
+    source = SCRIPT.read_text(encoding="utf-8")
+    assert broken_house_rules(source) == [] and len(source.splitlines()) < 3000
+    assert not re.search(r"(?<![\w.])from __future__|\bprint\(", source.replace('print(f"error: {error}"', ""))
 
 
 def test_house_rules_find_what_they_forbid():
@@ -719,6 +721,20 @@ def test_plan_states_how_often_pictures_are_seen_and_what_validation_costs(make_
     larger = dataclasses.replace(cfg, validation_resolution=64, guidance_scale=0.0)
     line = z.describe_plan(samples, larger, z.make_schedule(larger, samples, 1, 1.0))[-1]
     assert "10 steps each = 120 forward passes, about 62 %" in line  # 120 x 4 against 300
+
+
+def test_a_long_run_is_planned_from_its_first_part(make_config):
+    samples, cfg = [sample(n) for n in range(5)], make_config(max_train_steps=10**9)
+    views = z.count_views(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    assert set(views.values()) == {2 * 10**8}
+
+
+def test_sizes_beyond_the_model_are_refused(make_config, model):
+    z.check_sizes(make_config(), [sample(0, (2048, 2048))], model)
+    with pytest.raises(UserError, match="16 x 4096 is too large for this model, which knows 2048 x 2048"):
+        z.check_sizes(make_config(), [sample(0, (16, 4096))], model)
+    with pytest.raises(UserError, match="4096 x 4096 is too large .* --validation_resolution"):
+        z.check_sizes(make_config(validation_resolution=4096), [sample(0)], model)
 
 
 def test_pictures_are_drawn_at_the_size_of_the_buckets(make_config):
@@ -1780,6 +1796,7 @@ def test_model_card(make_config, tmp_path):
         assert (tmp_path / "out" / row["output"]["url"]).is_file() and f"]({row['output']['url']})" in card.text
     assert len(card.data.widget) == 2 and '"a dog"' in card.text and "| rank | 4 |" in card.text
     assert str(tmp_path) not in card.content
+    assert z.plain("a\n---\n<b>`x`</b> ![y](z) | #1") == "a --- b x /b ! y z 1"
     ast.parse(re.search(r"```python\n(.*?)```", card.text, re.S)[1])
 
 

@@ -863,10 +863,12 @@ def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, timest
 
 
 def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> collections.Counter[int]:
-    """Count how often this run will show each sample, by replaying the stream."""
-    batches = micro_batches(samples, cfg, schedule.micro_batch)
-    shown = itertools.islice(batches, schedule.max_train_steps * cfg.gradient_accumulation_steps)
-    return collections.Counter(draw.sample for batch in shown for draw in batch)
+    """Count how often this run will show each sample, by replaying the stream; of a very long run, its first part."""
+    total = schedule.max_train_steps * cfg.gradient_accumulation_steps
+    replayed = min(total, math.ceil(500_000 / schedule.micro_batch))
+    shown = itertools.islice(micro_batches(samples, cfg, schedule.micro_batch), replayed)
+    views = collections.Counter(draw.sample for batch in shown for draw in batch)
+    return collections.Counter({sample: round(count * total / replayed) for sample, count in views.items()})
 
 
 def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
@@ -1496,6 +1498,18 @@ def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
     return [layer for layer in linear if layer in chosen]
 
 
+def check_sizes(cfg: Config, samples: list[Sample], model: Path) -> None:
+    """Refuse pictures beyond the transformer's table of positions, one for every 16 pixels."""
+    _, rows, columns = ZImageTransformer2DModel.load_config(model / "transformer")["axes_lens"]
+    side = cfg.validation_resolution or training_side(cfg)
+    for height, width in {(side, side), *(sample.bucket for sample in samples)}:
+        require(
+            height <= 16 * rows and width <= 16 * columns,
+            f"{height} x {width} is too large for this model, which knows {16 * rows} x {16 * columns} pixels; "
+            "lower --resolution, --aspect_ratio_buckets or --validation_resolution",
+        )
+
+
 def add_lora(
     transformer: ZImageTransformer2DModel, layers: list[str], cfg: LoraSettings, seed: int
 ) -> list[nn.Parameter]:
@@ -2068,14 +2082,19 @@ def save_model_card(cfg: Config, step: int) -> None:
     )  # fmt: skip
     rows = [f"| {name} | {getattr(cfg, name)} |" for name in names]
     rows += [f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |", f"| steps | {step} |"]
-    pictures = [f"![{text}]({file})".replace("\n", " ") for text, file in zip(texts, files)]
+    pictures = [f"![{plain(text)}]({file})" for text, file in zip(texts, files)]
     card = CARD.format(
-        prompt=cfg.instance_prompt or "(captions of their own)",
+        prompt=plain(cfg.instance_prompt or "(the pictures had captions of their own)"),
         pictures="\n".join(pictures),
         snippet=snippet,
         rows="\n".join(rows),
     )
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
+
+
+def plain(text: str) -> str:
+    """Put a prompt on one line, without the marks that Markdown and HTML would act on."""
+    return " ".join(re.sub(r"[\[\]()<>|*_`#]", " ", text).split())
 
 
 def describe_results(cfg: Config, file: Path) -> str:
@@ -2289,6 +2308,7 @@ def main(cfg: Config) -> Path:
     with accelerator.local_main_process_first():
         instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
         samples = plan_samples(cfg, instance_folder)
+    check_sizes(cfg, samples, model)
     schedule = make_schedule(cfg, samples, accelerator.num_processes, read_timestep_shift(cfg, model))
     for line in describe_plan(samples, cfg, schedule):
         say(line)
