@@ -205,7 +205,7 @@ def test_map_of_sections_is_true():
     source = SCRIPT.read_text(encoding="utf-8")
     banners = re.findall(r"^# =+\n# (.+)\n# =+$", source, re.M)
     listed = re.findall(r"^    ([A-Z][\w ]+?)  +\S", ast.get_docstring(ast.parse(source), clean=False), re.M)
-    assert banners == listed and len(banners) == 10
+    assert banners == listed and len(banners) == 11
 
 
 def test_sections_use_only_what_stands_above():
@@ -857,6 +857,10 @@ MISTAKES = {
         and (w / "out" / "config.json").write_text('{"environment": {}}')
         and ["--resume_from_checkpoint=latest"],
         "--output_dir out holds another run",
+    ),
+    "output among class pictures still to be made": (
+        lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=out", "--output_dir=out"],
+        "--output_dir lies in --class_data_dir",
     ),
     "class pictures around the instance pictures": (
         lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=."],

@@ -26,7 +26,8 @@
 The file is read from top to bottom; a section uses only what stands above it.
 
     Config                  every flag, one line each; refuses what cannot work
-    Data plan               pictures, captions, buckets, the order of the examples; `check_inputs`
+    Data plan               pictures, captions, buckets, the order of the examples, the length of the run
+    Checks                  what can be refused before anything is loaded; the checkpoint to continue from
     Encoders and caches     prompts and pictures become embeddings and latents, once, on disk; `Batch`
     Transformer and LoRA    the frozen model and what is trained in it
     Objective               flow matching, as pure functions; `training_loss`
@@ -843,7 +844,9 @@ class Schedule:
         return step == 0 or done // self.validation_interval > before // self.validation_interval
 
 
-def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, timestep_shift: float) -> Schedule:
+def make_schedule(
+    cfg: Config, samples: list[Sample], num_processes: int = 1, timestep_shift: float = 1.0, first_step: int = 0
+) -> Schedule:
     """Compute the run's arithmetic once."""
     micro_batch = cfg.train_batch_size * num_processes
     total_batch = micro_batch * cfg.gradient_accumulation_steps
@@ -858,7 +861,7 @@ def make_schedule(cfg: Config, samples: list[Sample], num_processes: int, timest
         max_train_steps=cfg.max_train_steps or by_epochs or 1500,
         validation_interval=by_steps or cfg.validation_epochs * epoch_examples,
         timestep_shift=timestep_shift,
-        first_step=read_checkpoint(cfg).get("step", 0),
+        first_step=first_step,
     )
 
 
@@ -949,6 +952,10 @@ def training_side(cfg: DataConfig) -> int:
         return cfg.resolution
     return math.isqrt(max(math.prod(bucket) for bucket in parse_buckets(cfg.aspect_ratio_buckets))) // 16 * 16
 
+
+# =====================================================================================================================
+# Checks
+# =====================================================================================================================
 
 RUN_FILES = ("pytorch_lora_weights.safetensors", "config.json", "metrics.jsonl", "README.md")
 
@@ -1117,7 +1124,7 @@ def check_nesting(cfg: Config) -> None:
     names = ("instance_data_dir", "dataset_name", "class_data_dir", "output_dir", "cache_dir")
     folders = {name: Path(getattr(cfg, name)).resolve() for name in names if getattr(cfg, name) is not None}
     for source in names[:3]:
-        if source in folders and os.path.isdir(folders[source]):
+        if source in folders and (source != "dataset_name" or os.path.isdir(folders[source])):
             inside = [name for name in folders if name != source and folders[name].is_relative_to(folders[source])]
             require(
                 not inside,
@@ -2309,7 +2316,8 @@ def main(cfg: Config) -> Path:
         instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
         samples = plan_samples(cfg, instance_folder)
     check_sizes(cfg, samples, model)
-    schedule = make_schedule(cfg, samples, accelerator.num_processes, read_timestep_shift(cfg, model))
+    shift, first_step = read_timestep_shift(cfg, model), read_checkpoint(cfg).get("step", 0)
+    schedule = make_schedule(cfg, samples, accelerator.num_processes, shift, first_step)
     for line in describe_plan(samples, cfg, schedule):
         say(line)
     prepare_output(cfg, accelerator)
