@@ -701,6 +701,8 @@ def test_plan_refuses_a_bucket_that_never_trains_and_tells_of_short_runs(make_co
     prior = {"with_prior_preservation": True, "class_data_dir": "c", "class_prompt": "p"}
     cfg = make_config(max_train_steps=20, **prior)  # two epochs of the instances, a fifth of the class pictures
     z.describe_plan(samples[:5] + classes, cfg, z.make_schedule(cfg, samples[:5] + classes, 1, 1.0))
+    cfg = make_config(train_batch_size=4, max_train_steps=4, repeats=3)  # 16 of 30 examples
+    z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
     cfg = make_config(train_batch_size=4, max_train_steps=1)
     lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
     assert any("shorter than one epoch" in line for line in lines)

@@ -876,11 +876,9 @@ def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> colle
 
 def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
     """Tell what the run will do, as lines of a table. Raises UserError for a bucket that would never be trained."""
-    views, covers_epoch = count_views(samples, cfg, schedule), schedule.epoch(schedule.max_train_steps) >= 1
-    shown = {
-        is_prior: sum(views[i] for i, s in enumerate(samples) if s.is_prior is is_prior) for is_prior in (False, True)
-    }
-    due = {is_prior: sum(s.is_prior is is_prior for s in samples) for is_prior in (False, True)}
+    views, kinds = count_views(samples, cfg, schedule), collections.Counter(sample.is_prior for sample in samples)
+    drawn = schedule.max_train_steps * schedule.total_batch // (2 if cfg.with_prior_preservation else 1)
+    covers_epoch = {False: drawn >= kinds[False] * cfg.repeats, True: drawn >= kinds[True]}  # of instances, of classes
     table, notes = "{:>12} {:>9} {:>9} {:>12} {:>8} {:>13} {:>15}", []
     lines = [table.format("bucket", "pictures", "of class", "own caption", "repeats", "times seen", "smallest file")]
     for bucket in sorted({sample.bucket for sample in samples}):
@@ -888,7 +886,7 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         members, counts = [samples[index] for index in indices], [views[index] for index in indices]
         name, names = f"{bucket[0]} x {bucket[1]}", ", ".join(str(sample.path) for sample in members[:5])
         require(
-            max(counts) > 0 or all(shown[member.is_prior] < due[member.is_prior] for member in members),
+            max(counts) > 0 or not any(covers_epoch[member.is_prior] for member in members),
             f"bucket {name} never fills a batch of {schedule.micro_batch} in this run: {names} would not be trained; "
             "lower --train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer",
         )
@@ -904,18 +902,15 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         enlarged = [sample for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
         if enlarged:
             notes.append(f"to be enlarged to {name}: {', '.join(str(sample.path) for sample in enlarged[:5])}")
-    if not covers_epoch:
+    if not covers_epoch[False]:
         notes.append("the run is shorter than one epoch: not every picture will be seen")
     return [*lines, *notes, describe_schedule(cfg, schedule), *describe_validation(samples, cfg, schedule)]
 
 
 def describe_schedule(cfg: Config, schedule: Schedule) -> str:
     """Tell the length of the run in steps, examples and epochs. Raises UserError if it is over already."""
-    steps, processes, first = (
-        schedule.max_train_steps,
-        schedule.micro_batch // cfg.train_batch_size,
-        schedule.first_step,
-    )
+    steps, first = schedule.max_train_steps, schedule.first_step
+    processes = schedule.micro_batch // cfg.train_batch_size
     require(first <= steps, f"the checkpoint has done {first} steps already; give --max_train_steps at least that")
     done = f", of which {first:,} steps are done" * bool(first)
     return (
@@ -932,10 +927,8 @@ def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) 
     final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
     pictures, guided = len(cfg.validation_prompt or [None]) * cfg.num_validation_images, cfg.guidance_scale > 0
     passes = (times + final) * pictures * cfg.num_inference_steps * (1 + guided)
-    side, area = (
-        cfg.validation_resolution or training_side(cfg),
-        sum(math.prod(sample.bucket) for sample in samples) / len(samples),
-    )
+    side = cfg.validation_resolution or training_side(cfg)
+    area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
     drawing = passes * side**2
     training = len(steps) * schedule.total_batch * area * (4 if cfg.gradient_checkpointing else 3)
     line = (
