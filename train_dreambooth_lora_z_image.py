@@ -37,8 +37,9 @@ The file is read from top to bottom; a section uses only what stands above it.
     Demo                    a tiny random checkpoint and drawn pictures
     Main                    the table of contents
 
-Data flows one way, the config is frozen, and every random choice is a function of (seed, number of the example), so a
-run repeats exactly, however often it is interrupted and on however many processes it runs.
+Data flows one way, the config is frozen, and every random choice is a function of (seed, number of the example). So a
+run that is interrupted and continued sees the same pictures, noise and rates, and on a CPU ends in the same bytes; and
+one on more processes, with the same total batch, follows the same loss curve up to rounding (without LoRA dropout).
 """
 
 import argparse
@@ -88,9 +89,9 @@ def require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def say(text: str) -> None:
-    """Print for a person, from the first process only, without tearing a progress bar."""
-    if os.environ.get("RANK", "0") == "0":
+def say(text: str, everywhere: bool = False) -> None:
+    """Print for a person, from the first process only unless told otherwise, without tearing a progress bar."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
         tqdm.write(text, file=sys.stdout)
 
 
@@ -285,7 +286,7 @@ class TrainingConfig(Settings):
     num_train_epochs: int | None = flag(None, "Epochs, each showing every sample once.", at_least=1)
     train_batch_size: int = flag(1, "Pictures per process in one forward pass.", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Passes per optimizer step.", "--gradient_accumulation", at_least=1)
-    gradient_checkpointing: bool = flag(False, "Recompute activations: far less memory, about a third slower.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations: far less memory, up to twice the time.")
     mixed_precision: Precision = flag("bf16", "Of the frozen weights and the maths; no is fp32, fp16 is refused.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step has one too.", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Keep only the newest checkpoints.", at_least=1)
@@ -494,7 +495,7 @@ def derive_seed(*parts: Any) -> int:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there: temporary name, sync, rename. The one writer of this program."""
+    """Write a file that is whole or not there: temporary name, sync, rename. All but metrics.jsonl is written so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     with open(temporary, "wb") as file:
@@ -746,7 +747,7 @@ def plan_class_images(cfg: DataConfig, present: int) -> list[Sample]:
     """Name the class pictures that are still to be generated; none without prior preservation."""
     if not cfg.with_prior_preservation:
         return []
-    names = (Path(cfg.class_data_dir) / f"class-{number:05d}.png" for number in itertools.count())
+    names = (Path(os.path.normpath(cfg.class_data_dir)) / f"class-{number:05d}.png" for number in itertools.count())
     free = itertools.islice((path for path in names if not path.exists()), max(0, cfg.num_class_images - present))
     size = (training_side(cfg), training_side(cfg))
     bucket = choose_bucket(size, cfg)
@@ -922,7 +923,8 @@ def describe_schedule(cfg: Config, schedule: Schedule) -> str:
 
 def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
     """Tell how often pictures are drawn and what share of the run they take, counted in forward passes per pixel."""
-    steps = range(schedule.first_step, schedule.max_train_steps)
+    first, last = schedule.first_step, schedule.max_train_steps
+    steps = range(first + (first > 0), last)  # the pictures of the first step were drawn before its checkpoint
     times = sum(schedule.is_validation_step(step) for step in steps) if cfg.validation_prompt else 0
     final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
     pictures, guided = len(cfg.validation_prompt or [None]) * cfg.num_validation_images, cfg.guidance_scale > 0
@@ -930,7 +932,8 @@ def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) 
     side = cfg.validation_resolution or training_side(cfg)
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
     drawing = passes * side**2
-    training = len(steps) * schedule.total_batch * area * (4 if cfg.gradient_checkpointing else 3)
+    cost = 3 if cfg.gradient_checkpointing else 2  # forward, backward to the inputs alone, forward again
+    training = (last - first) * schedule.total_batch * area * cost
     line = (
         f"validation: {times + final} x {pictures} pictures of {side} x {side}, {cfg.num_inference_steps} steps each"
         f"{', twice for guidance' * guided} = {passes:,} forward passes, about "
@@ -982,7 +985,7 @@ def read_checkpoint(cfg: Config) -> dict[str, Any]:
     damage = f"--resume_from_checkpoint: {checkpoint} is damaged; name another one"
     try:
         state = json.loads(read_text(checkpoint / "state.json"))
-        settings = {name: state["settings"][name] for name in ("rank", "lora_layers", "optimizer")}
+        settings = {name: state["settings"][name] for name in ("rank", "lora_alpha", "lora_layers", "optimizer")}
         is_good = state["step"] >= 0 and isinstance(state["optimizer"], dict) and len(state["param_groups"]) == 1
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(damage) from error
@@ -1025,7 +1028,8 @@ def check_output(cfg: Config) -> None:
         f"--output_dir {output} holds {', '.join(foreign)}, which this program did not write; name another folder",
     )
     is_demo = cfg.demo and settings.get("demo") is True
-    is_resumed = cfg.resume_from_checkpoint is not None and find_checkpoint(cfg) is not None
+    checkpoint = find_checkpoint(cfg)
+    is_resumed = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
     require(
         (RUN_FILES[0] not in present and not checkpoints) or is_demo or is_resumed or cfg.overwrite_output_dir,
         f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest if it has "
@@ -1101,6 +1105,9 @@ def check_packages(cfg: Config) -> None:
 def check_inputs(cfg: Config) -> None:
     """Refuse folders, captions, pictures and environments that cannot work; needs Pillow only, changes nothing."""
     require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        is_used = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        require(not is_used, f"accelerate's configuration: {name} is not supported yet; choose plain multi-GPU")
     check_packages(cfg)
     check_output(cfg)
     check_nesting(cfg)
@@ -1131,7 +1138,7 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
     try:
         conductor(cfg)
     except (UserError, FloatingPointError, OSError) as error:  # OSError: a disk that is full or may not be written
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -1293,7 +1300,10 @@ def encode_prompt(encoder: TextEncoder, prompt: str, max_sequence_length: int) -
     tokens = encoder.tokenizer(chat).input_ids
     if len(tokens) > max_sequence_length:
         lost = encoder.tokenizer.decode(tokens[max_sequence_length:])
-        say(f"warning: --max_sequence_length {max_sequence_length} of {len(tokens)} tokens; cut off: {lost[:200]!r}")
+        say(
+            f"warning: --max_sequence_length {max_sequence_length} of {len(tokens)} tokens; cut off: {lost[:200]!r}",
+            True,
+        )
     input_ids = torch.tensor([tokens[:max_sequence_length]], device=encoder.model.device)  # (1, L)
     return encoder.model(input_ids=input_ids).last_hidden_state[0]
 
@@ -1500,7 +1510,12 @@ def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
 
 def check_sizes(cfg: Config, samples: list[Sample], model: Path) -> None:
     """Refuse pictures beyond the transformer's table of positions, one for every 16 pixels."""
-    _, rows, columns = ZImageTransformer2DModel.load_config(model / "transformer")["axes_lens"]
+    frames, rows, columns = ZImageTransformer2DModel.load_config(model / "transformer")["axes_lens"]
+    length = cfg.max_sequence_length  # captions are padded to a multiple of 32, and the picture comes after them
+    require(
+        length <= 512 or math.ceil(length / 32) * 32 + 2 <= frames,
+        f"--max_sequence_length {length} is beyond this model, which has {frames} positions; take 512",
+    )
     side = cfg.validation_resolution or training_side(cfg)
     for height, width in {(side, side), *(sample.bucket for sample in samples)}:
         require(
@@ -1565,7 +1580,7 @@ def sample_sigmas(seeds: list[int], cfg: ObjectiveConfig, shift: float) -> Tenso
     """Draw continuous noise levels, 1 being pure noise, each from its example's seed. -> (B,)
 
     The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
-    a positive logit_mean therefore means more noise. The scheduler's smallest level, 1/1000, is the smallest here.
+    a positive logit_mean therefore means more noise. Levels below 1/1000 are raised to it: sigma_sqrt divides by them.
     """
     draws = [
         compute_density_for_timestep_sampling(
@@ -1618,13 +1633,6 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, sh
 # =====================================================================================================================
 
 
-@dataclass
-class Progress:
-    """How far the run is, in optimizer steps."""
-
-    step: int = 0
-
-
 def train(
     cfg: Config,
     accelerator: Accelerator,
@@ -1632,7 +1640,6 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     schedule: Schedule,
-    progress: Progress,
 ) -> Iterator[dict[str, float]]:
     """Run the loop, yielding metrics after every optimizer step; saving and sampling happen at the caller's.
 
@@ -1641,25 +1648,24 @@ def train(
     learning_rate_at = make_learning_rate(cfg, schedule)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     transformer.train()
-    while progress.step < schedule.max_train_steps:
+    for step in range(schedule.first_step, schedule.max_train_steps):
         started, losses = time.perf_counter(), []
         for index, batch in enumerate(itertools.islice(batches, cfg.gradient_accumulation_steps)):
-            torch.manual_seed(derive_seed(cfg.seed, "dropout", progress.step, index, accelerator.process_index))
+            torch.manual_seed(derive_seed(cfg.seed, "dropout", step, index, accelerator.process_index))
             with accelerator.accumulate(transformer):
                 loss = training_loss(transformer, batch, cfg, schedule.timestep_shift)
                 accelerator.backward(loss)
             losses.append(loss.detach())
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         grad_norm = float(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm))
-        refuse_nan(loss, grad_norm, progress.step + 1, cfg)
+        refuse_nan(loss, grad_norm, step + 1, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(progress.step)
+            group["lr"] = learning_rate_at(step)
         optimizer.step()
         optimizer.zero_grad()
-        progress.step += 1
-        lr = group["lr"] * group.get("d", 1.0)  # Prodigy multiplies the rate by its estimate d
-        seconds = time.perf_counter() - started
-        yield {"loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": round(seconds, 3)}
+        lr = learning_rate_at(step) * optimizer.param_groups[0].get("d", 1.0)  # Prodigy's rate counts times its d
+        seconds = round(time.perf_counter() - started, 3)
+        yield {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
 
 
 def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torch.optim.Optimizer:
@@ -1736,7 +1742,7 @@ def save_checkpoint(
             "param_groups": state["param_groups"],
             "settings": dataclasses.asdict(cfg),
         }
-        save_tensors(temporary / "lora.safetensors", finite_lora(accelerator.unwrap_model(transformer)))
+        save_tensors(temporary / "lora.safetensors", finite_lora(unwrap(accelerator, transformer)))
         save_tensors(temporary / "optimizer.safetensors", tensors)
         write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
         for path in (output / "metrics.jsonl", temporary):
@@ -1753,7 +1759,7 @@ def sync(path: Path) -> None:
     """Have a file or a folder written to the disk now."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -1769,25 +1775,28 @@ def remove_folder(folder: Path) -> None:
 
 
 def resume(
-    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Put LoRA, optimizer and metrics back to where the checkpoint left them; without one, to the start."""
-    checkpoint, content = find_checkpoint(cfg), read_checkpoint(cfg)
-    progress = Progress(content.get("step", 0))
+    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Put LoRA, optimizer and metrics back to where they were after `step` steps; 0 is the start."""
+    checkpoint = find_checkpoint(cfg)
     if checkpoint is not None:
-        load_checkpoint(checkpoint, content, accelerator.unwrap_model(transformer), optimizer)
-        say(f"continuing from {checkpoint}, after step {progress.step}")
+        load_checkpoint(checkpoint, read_checkpoint(cfg), unwrap(accelerator, transformer), optimizer)
+        say(f"continuing from {checkpoint}, after step {step}")
     elif cfg.resume_from_checkpoint is not None:
         say(f"no checkpoint in {cfg.output_dir} yet: starting afresh")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", progress.step)
+        cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", step)
         for later in list_checkpoints(Path(cfg.output_dir)):
-            if int(later.name[11:]) > progress.step:  # else `latest` would continue what was given up
+            if int(later.name[11:]) > step:  # else `latest` would continue what was given up
                 say(f"{later} is not continued; it is now called superseded-{later.name}")
                 remove_folder(later.with_name(f"superseded-{later.name}"))
                 os.replace(later, later.with_name(f"superseded-{later.name}"))
-    return progress
+
+
+def unwrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
+    """Take the bare transformer out of DDP and torch.compile, whose wrappers would change its keys."""
+    return accelerator.unwrap_model(transformer, keep_torch_compile=False)
 
 
 def load_checkpoint(
@@ -1823,11 +1832,10 @@ def cut_metrics(file: Path, step: int) -> None:
     write_file(file, b"".join(match[0] for match in steps if match is not None and int(match[1]) <= step))
 
 
-def log_metrics(
-    accelerator: Accelerator, cfg: Config, metrics: dict[str, float], schedule: Schedule, step: int
-) -> None:
+def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float], schedule: Schedule) -> None:
     """Append one line to metrics.jsonl and tell the trackers."""
-    row = {"step": step, "epoch": round(schedule.epoch(step), 4), **metrics}
+    step = metrics["step"]
+    row = {"step": step, "epoch": round(schedule.epoch(step), 4)} | metrics
     if accelerator.is_main_process:
         with open(Path(cfg.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -1944,7 +1952,7 @@ def validate(
     prompts, folder = validation_prompts(cfg, is_final), validation_folder(cfg, step)
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
     mine = share_of(jobs, accelerator)
-    live = accelerator.unwrap_model(transformer).eval()
+    live = unwrap(accelerator, transformer).eval()
     if mine:
         say(f"step {step}: drawing {len(jobs)} pictures")
         pipeline = make_pipeline(live, model, DTYPES[cfg.mixed_precision], accelerator.device)
@@ -1999,14 +2007,6 @@ def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> d
     }
 
 
-def import_lora(exported: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Undo `export_lora`, up to the rounding of the file."""
-    return {
-        name.removeprefix("transformer."): tensor.float() / (scale if ".lora_B." in name else 1)
-        for name, tensor in exported.items()
-    }
-
-
 def lora_metadata(cfg: Config) -> dict[str, str]:
     """Describe the LoRA in its header (modelspec 1.0.1), without dates and paths: equal content gives equal bytes."""
     prompt = cfg.instance_prompt or ""
@@ -2016,19 +2016,21 @@ def lora_metadata(cfg: Config) -> dict[str, str]:
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"Z-Image LoRA {prompt}".strip(),
         "modelspec.trigger_phrase": prompt,
-        "modelspec.resolution": f"{cfg.resolution}x{cfg.resolution}",
+        "modelspec.resolution": f"{training_side(cfg)}x{training_side(cfg)}",
     }
 
 
 def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module) -> Path:
     """Write the LoRA file; the live model continues with the weights as the file holds them."""
     file = Path(cfg.output_dir) / "pytorch_lora_weights.safetensors"
-    live = accelerator.unwrap_model(transformer)
+    live = unwrap(accelerator, transformer)
     dtype = torch.float32 if cfg.upcast_before_saving else DTYPES[cfg.mixed_precision]
     exported = export_lora(finite_lora(live), cfg.lora_scale, dtype)
     if accelerator.is_main_process:
         save_tensors(file, exported, lora_metadata(cfg))
-    set_peft_model_state_dict(live, import_lora(exported, cfg.lora_scale))
+    as_saved = {name.removeprefix("transformer."): tensor.float() for name, tensor in exported.items()}
+    unfolded = {name: tensor / (cfg.lora_scale if ".lora_B." in name else 1) for name, tensor in as_saved.items()}
+    set_peft_model_state_dict(live, unfolded)
     return file
 
 
@@ -2253,6 +2255,17 @@ def make_accelerator(cfg: Config) -> Accelerator:
     return accelerator
 
 
+def agree_on_start(cfg: Config, accelerator: Accelerator) -> int:
+    """Read the step to continue after. Raises UserError if the processes see different checkpoints."""
+    first_step = read_checkpoint(cfg).get("step", 0)
+    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
+    require(
+        len(set(steps)) == 1,
+        f"--output_dir {cfg.output_dir} holds another checkpoint on every machine; name a folder they share",
+    )
+    return first_step
+
+
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
     output = Path(cfg.output_dir)
@@ -2283,7 +2296,7 @@ def remove_run(output: Path) -> None:
     """Remove what an earlier run of this program wrote, and nothing else."""
     for name in RUN_FILES:
         (output / name).unlink(missing_ok=True)
-    for folder in list_checkpoints(output):
+    for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")):
         remove_folder(folder)
     pictures = [path for path in output.glob("validation/step-*/*.png")]
     for path in pictures:
@@ -2297,6 +2310,7 @@ def remove_run(output: Path) -> None:
 def main(cfg: Config) -> Path:
     """Run everything: config -> data plan -> caches -> model -> loop -> artefacts. Returns the LoRA file."""
     check_inputs(cfg)
+    free_memory()  # of an earlier run in a notebook, which only the garbage collector lets go
     accelerator = make_accelerator(cfg)
     if cfg.demo:
         make_demo(cfg, accelerator)
@@ -2309,7 +2323,7 @@ def main(cfg: Config) -> Path:
         instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
         samples = plan_samples(cfg, instance_folder)
     check_sizes(cfg, samples, model)
-    shift, first_step = read_timestep_shift(cfg, model), read_checkpoint(cfg).get("step", 0)
+    shift, first_step = read_timestep_shift(cfg, model), agree_on_start(cfg, accelerator)
     schedule = make_schedule(cfg, samples, accelerator.num_processes, shift, first_step)
     for line in describe_plan(samples, cfg, schedule):
         say(line)
@@ -2327,25 +2341,25 @@ def main(cfg: Config) -> Path:
     optimizer = make_optimizer(parameters, cfg)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
 
-    progress = resume(accelerator, cfg, transformer, optimizer)
-    batches = make_batches(samples, model, encodings, cfg, accelerator, progress.step)
-    if progress.step == 0:
-        validate(cfg, accelerator, transformer, model, encodings, progress.step)
-    steps = train(cfg, accelerator, transformer, optimizer, batches, schedule, progress)
-    bar = progress_bar(steps, "training", accelerator, initial=progress.step, total=schedule.max_train_steps)
+    resume(accelerator, cfg, transformer, optimizer, first_step)
+    batches = make_batches(samples, model, encodings, cfg, accelerator, first_step)
+    if first_step == 0:
+        validate(cfg, accelerator, transformer, model, encodings, first_step)
+    steps = train(cfg, accelerator, transformer, optimizer, batches, schedule)
+    bar = progress_bar(steps, "training", accelerator, initial=first_step, total=schedule.max_train_steps)
     for metrics in bar:
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-        log_metrics(accelerator, cfg, metrics, schedule, progress.step)
-        is_last = progress.step == schedule.max_train_steps
-        if schedule.is_validation_step(progress.step) and not is_last:
-            validate(cfg, accelerator, transformer, model, encodings, progress.step)
-        if is_last or progress.step % cfg.checkpointing_steps == 0:
-            save_checkpoint(accelerator, cfg, transformer, optimizer, progress.step)
+        log_metrics(accelerator, cfg, metrics, schedule)
+        step, is_last = metrics["step"], metrics["step"] == schedule.max_train_steps
+        if schedule.is_validation_step(step) and not is_last:
+            validate(cfg, accelerator, transformer, model, encodings, step)
+        if is_last or step % cfg.checkpointing_steps == 0:
+            save_checkpoint(accelerator, cfg, transformer, optimizer, step)
 
     file = save_artefacts(accelerator, cfg, transformer)
-    validate(cfg, accelerator, transformer, model, encodings, progress.step, is_final=True)
+    validate(cfg, accelerator, transformer, model, encodings, schedule.max_train_steps, is_final=True)
     if accelerator.is_main_process:
-        save_model_card(cfg, progress.step)
+        save_model_card(cfg, schedule.max_train_steps)
     accelerator.end_training()
     say(describe_results(cfg, file))
     return file
