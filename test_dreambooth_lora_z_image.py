@@ -621,8 +621,8 @@ def test_nearest_bucket_goes_by_log_aspect_then_area():
     assert z.nearest_bucket((900, 450), buckets) == (1024, 512)
     assert z.nearest_bucket((500, 500), buckets) == (512, 512)
     assert z.nearest_bucket((2000, 2000), buckets) == (1024, 1024)
-    # |h * bw - w * bh| would take the small bucket for a picture whose shape is the large one's, but for a pixel
-    assert z.nearest_bucket((1000, 1010), [(1024, 1024), (16, 32)]) == (1024, 1024)
+    # |h * bw - w * bh| is smaller for any small bucket, whatever its shape
+    assert z.nearest_bucket((1000, 1100), [(1024, 1024), (16, 32)]) == (1024, 1024)
     assert z.nearest_bucket((480, 640), [(640, 480), (480, 640)]) == (480, 640)
 
 
@@ -1049,6 +1049,22 @@ def test_every_prompt_is_encoded_once_and_no_negative_without_guidance(guidance,
     encodings = encodings_of(cfg, cfg.pretrained_model_name_or_path)
     expected = {encodings.prompt(prompt) for prompt in {"a", "b", "a photo of sks dog", *negatives}}
     assert set((tmp_path / "fresh" / "z-image-encodings" / "prompts").iterdir()) == expected
+
+
+def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make_config, model, pictures):
+    cfg = make_config(random_flip=True)
+    accelerator, encodings = Accelerator(cpu=True), encodings_of(cfg, model)
+    samples = z.plan_samples(cfg, pictures)
+    z.fill_prompts_cache([samples[0].prompt], model, encodings, cfg, accelerator)
+    z.fill_latents_cache(samples[:1], model, encodings, cfg, accelerator)
+    examples = z.TrainingExamples(samples, encodings, cfg)
+    vae = z.load_vae(model, torch.float32, CPU)
+    for number in range(12):
+        is_flipped = z.draw_augmentation(cfg, number).is_flipped
+        pixels = z.load_pixels(samples[0], z.Augmentation(is_flipped, z.CENTRE))
+        assert torch.allclose(examples[z.Draw(number, 0)].image, z.encode_images(vae, pixels[None])[0], atol=1e-5)
+    assert len({z.draw_augmentation(cfg, number).is_flipped for number in range(12)}) == 2
+    assert len({examples[z.Draw(number, 0)].seed for number in range(12)}) == 12
 
 
 def test_batches_can_cross_to_worker_processes(make_config, model):
@@ -1608,6 +1624,14 @@ def test_every_schedule_of_diffusers(name, make_config):
         scheduler.step()
 
 
+def test_the_learning_rate_follows_the_optimizer_step(make_config, tmp_path):
+    cfg = make_config(lr_scheduler="linear", max_train_steps=4, gradient_accumulation_steps=2)
+    run(cfg)
+    assert [row["lr"] for row in metrics_of(cfg)] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "state.json").read_text())
+    assert state["param_groups"][0]["lr"] == pytest.approx(0.25e-2)
+
+
 def test_metrics_have_one_line_per_optimizer_step(make_config, tmp_path):
     cfg = make_config(max_train_steps=3, train_batch_size=2, gradient_accumulation_steps=2)
     run(cfg)
@@ -1769,19 +1793,31 @@ def apply_like_a_loader_that_knows_alpha_tensors(model, file):
 def test_the_file_means_the_same_everywhere(alpha, tolerance, make_config, model, tmp_path):
     cfg = make_config(lora_alpha=alpha)
     live, _ = with_lora(model, cfg, b_std=0.3)
+    batch, sigmas = make_batch(), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        expected = z.predict_velocity(live.eval(), batch.latents, sigmas, batch.prompt_embeds)
     z.save_artefacts(Accelerator(cpu=True), cfg, live)
     file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     pipe = ZImagePipeline.from_pretrained(model)
     bare = z.load_transformer(model, torch.float32)
     pipe.load_lora_weights(file.parent)
     others = [pipe.transformer, apply_like_a_loader_that_knows_alpha_tensors(model, file), bare]
-    batch, sigmas = make_batch(), torch.tensor([0.3, 0.8])
     with torch.no_grad():
-        expected, *outputs = [
-            z.predict_velocity(t.eval(), batch.latents, sigmas, batch.prompt_embeds) for t in (live, *others)
-        ]
+        outputs = [z.predict_velocity(t.eval(), batch.latents, sigmas, batch.prompt_embeds) for t in others]
     assert torch.allclose(outputs[0], expected, atol=tolerance) and torch.allclose(outputs[1], expected, atol=1e-4)
     assert (outputs[2] - expected).abs().max() > 0.01, "the LoRA must matter in this test"
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_the_last_pictures_use_the_weights_as_the_file_holds_them(alpha, make_config, model):
+    cfg = make_config(mixed_precision="bf16", lora_alpha=alpha)
+    live, _ = with_lora(model, cfg, torch.bfloat16, b_std=0.3)
+    before = {name: tensor.clone() for name, tensor in z.get_peft_model_state_dict(live).items()}
+    file = load_file(z.save_artefacts(Accelerator(cpu=True), cfg, live))
+    after = z.get_peft_model_state_dict(live)
+    assert any(not torch.equal(before[name], after[name]) for name in before), "rounding to bf16 must show"
+    for name, tensor in z.export_lora(after, cfg.lora_scale, torch.float32).items():
+        assert torch.allclose(tensor, file[name].float(), rtol=1e-6)
 
 
 def test_the_file_itself(make_config, tmp_path):
