@@ -1747,7 +1747,6 @@ def save_checkpoint(
         write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
         for path in (output / "metrics.jsonl", temporary):
             sync(path)
-        remove_folder(folder)
         os.replace(temporary, folder)
         sync(output)
         for old in list_checkpoints(output)[: -(cfg.checkpoints_total_limit or sys.maxsize)]:
@@ -1809,19 +1808,11 @@ def load_checkpoint(
         index, key = name.split(".", 1)
         state[int(index)][key] = value
     group, fresh = content["param_groups"][0], optimizer.state_dict()["param_groups"][0]
-    kept = (
-        "params",
-        "k",
-        "d",
-        "d_max",
-        "d_numerator",
-        "d_denom",
-        "d_hat",
-    )  # what the optimizer counts, not what it is told
+    counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
     fits = lora.keys() == get_peft_model_state_dict(transformer).keys() and sorted(state) == fresh["params"]
     require(fits, f"--resume_from_checkpoint: {checkpoint} is damaged; name another one")
     set_peft_model_state_dict(transformer, lora)
-    group = fresh | {name: value for name, value in group.items() if name in kept}
+    group = fresh | {name: value for name, value in group.items() if name in counted}
     optimizer.load_state_dict({"state": dict(state), "param_groups": [group]})
 
 
@@ -2298,7 +2289,7 @@ def remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")):
         remove_folder(folder)
-    pictures = [path for path in output.glob("validation/step-*/*.png")]
+    pictures = list(output.glob("validation/step-*/*.png"))
     for path in pictures:
         if re.fullmatch(r"step-\d+/(\d+-\d+|sheet)\.png", f"{path.parent.name}/{path.name}"):
             path.unlink()
