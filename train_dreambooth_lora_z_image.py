@@ -89,6 +89,16 @@ def require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+@contextlib.contextmanager
+def explained(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn the errors of a library, each of which raises its own, into a sentence: what failed, why, the remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: {reason}{remedy and '; '}{remedy}") from error
+
+
 def say(text: str, everywhere: bool = False) -> None:
     """Print for a person, from the first process only unless told otherwise, without tearing a progress bar."""
     if everywhere or os.environ.get("RANK", "0") == "0":
@@ -103,9 +113,10 @@ BOUNDS = {
 }
 
 
-def flag(default: Any, help: str, *aliases: str, **bounds: float) -> Any:
+def flag(default: Any, help: str, *aliases: str, is_secret: bool = False, **bounds: float) -> Any:
     """One setting: its default, its line of help, its other names, and its bounds, by the names in `BOUNDS`."""
-    return dataclasses.field(default=default, metadata={"help": help, "aliases": aliases, "bounds": bounds})
+    metadata = {"help": help, "aliases": aliases, "is_secret": is_secret, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
 
 class Settings:
@@ -116,6 +127,7 @@ class Settings:
 
 
 Precision = Literal["bf16", "no", "fp16"]
+Storage = Literal["fp8", "int8", "nf4"]
 Weighting = Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"]
 Course = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
@@ -129,6 +141,8 @@ class ModelConfig(Settings):
     """Model"""
 
     pretrained_model_name_or_path: str | None = flag(None, "Z-Image: a diffusers folder or a hub name. Required.")
+    revision: str | None = flag(None, "Branch, tag or commit of a hub name.")
+    variant: str | None = flag(None, "Read the weight files with this in their names, such as bf16.")
     max_sequence_length: int = flag(512, "Prompts are cut after this many tokens, chat template included.", at_least=1)
 
     def check(self) -> None:
@@ -243,6 +257,8 @@ class OptimizerConfig(Settings):
 
     optimizer: Literal["adamw", "prodigy"] = flag("adamw", "In any case; prodigy wants --learning_rate 1.")
     learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0, below=1e6)
+    scale_lr: bool = flag(False, "Multiply the rate by the pictures of one step: batch x processes x accumulation.")
+    use_8bit_adam: bool = flag(False, "AdamW of bitsandbytes, whose state takes 8 bits; not for Prodigy.")
     adam_beta1: float = flag(0.9, "Decay of the first moment, also Prodigy's.", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "Decay of the second moment, also Prodigy's.", at_least=0, below=1)
     adam_weight_decay: float = flag(1e-4, "Weight decay, also Prodigy's.", at_least=0)
@@ -299,6 +315,37 @@ class TrainingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HardwareConfig(Settings):
+    """Memory and speed"""
+
+    quantization: Storage | None = flag(None, "Keep the frozen weights in 8 or 4 bits; products stay in bf16.")
+    do_fp8_training: bool = flag(False, "fp8 weights and fp8 products, for GPUs of compute capability 8.9 and above.")
+    bnb_quantization_config_path: str | None = flag(None, "JSON of a bitsandbytes configuration, 4 or 8 bits.")
+    offload: bool = flag(False, "Text encoder and VAE live in host memory; on the GPU only while they are used.")
+    attention_backend: str | None = flag(None, "Kernel of the attention, as in diffusers: native, flash, sage, ...")
+    enable_npu_flash_attention: bool = flag(False, "Old name of --attention_backend _native_npu.")
+    allow_tf32: bool = flag(False, "TF32 for fp32 products, on Ampere and later.")
+    dataloader_num_workers: int = flag(0, "Processes that load pictures or latents; 0 is the main one.", at_least=0)
+    fsdp_text_encoder: bool = flag(False, "Accepted for old commands, without effect.")
+
+    @property
+    def storage(self) -> str | None:
+        """The format of the frozen weights, where it is ours and not bitsandbytes' own."""
+        return "fp8" if self.do_fp8_training else self.quantization
+
+    @property
+    def attention(self) -> str | None:
+        """The attention backend, by its old flag or its new one."""
+        return "_native_npu" if self.enable_npu_flash_attention else self.attention_backend
+
+    def check(self) -> None:
+        """Refuse two formats for the same weights."""
+        formats = ("quantization", "do_fp8_training", "bnb_quantization_config_path")
+        given = [f"--{name}" for name in formats if getattr(self, name)]
+        require(len(given) < 2, f"{' and '.join(given)} are formats for the same weights; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationConfig(Settings):
     """Validation"""
 
@@ -321,15 +368,32 @@ class OutputConfig(Settings):
     output_dir: str = flag("z-image-dreambooth-lora", "Folder for the LoRA, checkpoints, pictures and metrics.")
     overwrite_output_dir: bool = flag(False, "Remove what an earlier run of this program left in --output_dir.")
     upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of the training precision.")
+    logging_dir: str = flag("logs", "Folder of the trackers' files, below --output_dir unless absolute.")
     report_to: str = flag("none", "Trackers accelerate knows, separated by commas: wandb, tensorboard, ...; or all.")
+    push_to_hub: bool = flag(False, "Upload LoRA, card, pictures and config.json to the hub after training.")
+    hub_model_id: str | None = flag(None, "Repository to upload to. Default: your account, name of --output_dir.")
+    hub_token: str | None = flag(None, "For the hub. Default: that of `hf auth login` or HF_TOKEN.", is_secret=True)
+    hub_private_repo: bool = flag(False, "Make the repository private if it is new.")
     demo: bool = flag(False, "Train a tiny random model on drawn pictures, both made under --output_dir.")
+
+    @property
+    def repository(self) -> str:
+        """The repository that `--push_to_hub` uploads to."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    def check(self) -> None:
+        """Refuse a name that no repository can have."""
+        require(
+            not self.push_to_hub or re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", self.repository) is not None,
+            f"--hub_model_id {self.repository} is no name of a repository; give one such as user/my-lora",
+        )
 # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
     ModelConfig, DataConfig, CacheConfig, LoraSettings, ObjectiveConfig, OptimizerConfig, TrainingConfig,
-    ValidationConfig, OutputConfig,
+    HardwareConfig, ValidationConfig, OutputConfig,
 ):  # fmt: skip
     """LoRA DreamBooth fine-tuning of Z-Image."""
 
@@ -470,6 +534,18 @@ def advice(cfg: Config) -> Iterator[str]:
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank"):
         if getattr(cfg, name) is not None:
             yield f"--{name} is accepted for old commands and has no effect"
+    if cfg.fsdp_text_encoder:
+        yield "--fsdp_text_encoder has no effect: prompts are encoded before training, the encoder is gone by then"
+    if cfg.use_8bit_adam and cfg.optimizer == "prodigy":
+        yield "--use_8bit_adam is ignored with --optimizer prodigy"
+    elif cfg.use_8bit_adam:
+        yield "--use_8bit_adam: AdamW in fp32 costs only 240 MB more, at rank 16 with the default layers"
+    if cfg.gradient_checkpointing and uses_fsdp_checkpointing():
+        yield "--gradient_checkpointing: FSDP's own activation checkpointing is used instead, not both"
+    if cfg.revision is not None and os.path.exists(cfg.pretrained_model_name_or_path):
+        yield "--revision has no effect on a local folder"
+    if not cfg.push_to_hub and (cfg.hub_model_id is not None or cfg.hub_private_repo):
+        yield "--hub_model_id and --hub_private_repo have no effect without --push_to_hub"
     if cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"):
         yield f"--lr_scheduler {cfg.lr_scheduler} has no warm-up; --lr_warmup_steps counts with constant_with_warmup"
     if cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1:
@@ -482,6 +558,22 @@ def advice(cfg: Config) -> Iterator[str]:
         yield "--cache_latents: every picture is cropped at its centre" + ", with its mirror image" * cfg.random_flip
     if launcher not in ("no", cfg.mixed_precision):
         yield f"accelerate's configuration says {launcher}, but --mixed_precision {cfg.mixed_precision} is what counts"
+
+
+def uses_fsdp() -> bool:
+    """Tell whether accelerate's configuration shards the transformer."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def uses_fsdp_checkpointing() -> bool:
+    """Tell whether accelerate's configuration has FSDP recompute activations."""
+    return uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
+
+
+def shareable_settings(cfg: Config) -> dict[str, Any]:
+    """List the settings without secrets: for files, trackers and cards."""
+    shareable = [field.name for field in dataclasses.fields(cfg) if not field.metadata["is_secret"]]
+    return {name: getattr(cfg, name) for name in shareable}
 
 
 def sha256(content: bytes) -> str:
@@ -759,10 +851,8 @@ def export_dataset(cfg: Config) -> Path:
     import datasets
 
     cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
-    try:
+    with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded"):
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
-    except Exception as error:  # every loader raises its own; the text is what helps
-        raise UserError(f"--dataset_name {cfg.dataset_name} cannot be loaded: {error}") from error
     names = ", ".join(splits)
     require(
         "train" in splits or len(splits) == 1, f"--dataset_name {cfg.dataset_name} has no split train, but {names}"
@@ -1056,7 +1146,7 @@ def check_model(cfg: ModelConfig) -> None:
     """Refuse a name that is neither a complete checkpoint folder nor a possible hub name."""
     name = cfg.pretrained_model_name_or_path
     if os.path.exists(name):
-        check_components(Path(name))
+        check_components(Path(name), cfg.variant)
         return
     require(
         re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith("."),
@@ -1064,7 +1154,14 @@ def check_model(cfg: ModelConfig) -> None:
     )
 
 
-def check_components(model: Path) -> None:
+def weight_files(component: Path, variant: str | None) -> list[Path]:
+    """List a component's weight files of one variant: NAME.safetensors, or NAME.VARIANT.safetensors, or shards."""
+    middle = f".{re.escape(variant)}" if variant else ""
+    name = re.compile(rf"[\w-]+?({middle}(-\d+-of-\d+)?|(-\d+-of-\d+)?{middle})\.safetensors")
+    return sorted(path for path in component.glob("*.safetensors") if name.fullmatch(path.name))
+
+
+def check_components(model: Path, variant: str | None) -> None:
     """Refuse a checkpoint folder that lacks a component, or a shard of one, naming what is missing."""
     advice = "--pretrained_model_name_or_path takes a whole checkpoint folder in the diffusers format, or a hub name"
     require(model.is_dir(), f"{model} is a file; {advice}")
@@ -1074,9 +1171,11 @@ def check_components(model: Path) -> None:
     }  # fmt: skip
     for component, file in files.items():
         require((model / component / file).is_file(), f"{model} has no {component}/{file}; {advice}")
-        weights = sorted((model / component).glob("*.safetensors"))
+        weights = weight_files(model / component, variant)
         if file == "config.json":
-            require(bool(weights), f"{model}/{component} has no weights (*.safetensors); {advice}")
+            names = ", ".join(sorted(path.name for path in (model / component).glob("*.safetensors")))
+            wanted = f"of --variant {variant}; it has {names or 'none'}" if variant else f"(*.safetensors); {advice}"
+            require(bool(weights), f"{model}/{component} has no weights {wanted}")
         for path in weights:
             require(is_whole(path), f"{path} is damaged or was not downloaded to its end; {advice}")
         for path in sorted((model / component).glob("*.json")):
@@ -1093,7 +1192,13 @@ def check_components(model: Path) -> None:
 
 def check_packages(cfg: Config) -> None:
     """Refuse settings whose optional package is not installed, with the line that installs it."""
-    needed = {"datasets": cfg.dataset_name is not None, "prodigyopt": cfg.optimizer == "prodigy"}
+    uses_bitsandbytes = (cfg.quantization == "nf4", cfg.bnb_quantization_config_path is not None)
+    needed = {
+        "datasets": cfg.dataset_name is not None,
+        "prodigyopt": cfg.optimizer == "prodigy",
+        "torchao": cfg.storage in ("fp8", "int8"),
+        "bitsandbytes": any(uses_bitsandbytes) or (cfg.use_8bit_adam and cfg.optimizer == "adamw"),
+    }
     needed |= {name: name in cfg.report_to.split(",") for name in ("wandb", "tensorboard")}
     for package, is_needed in needed.items():
         require(
@@ -1102,13 +1207,59 @@ def check_packages(cfg: Config) -> None:
         )
 
 
+BNB_TYPES = {
+    "load_in_4bit": bool, "load_in_8bit": bool, "bnb_4bit_quant_type": Literal["nf4", "fp4"],
+    "bnb_4bit_use_double_quant": bool, "bnb_4bit_compute_dtype": str, "bnb_4bit_quant_storage": str,
+    "llm_int8_threshold": float, "llm_int8_skip_modules": list | None, "llm_int8_has_fp16_weight": bool,
+}  # fmt: skip
+
+
+def read_bnb_settings(cfg: HardwareConfig) -> dict[str, Any]:
+    """Read the JSON of `--bnb_quantization_config_path`; empty without one. Raises UserError if it is none."""
+    if cfg.bnb_quantization_config_path is None:
+        return {}
+    name = f"--bnb_quantization_config_path {cfg.bnb_quantization_config_path}"
+    try:
+        settings = json.loads(Path(cfg.bnb_quantization_config_path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name} cannot be read as JSON: {error}") from error
+    require(isinstance(settings, dict), f'{name} must hold one JSON object, such as {{"load_in_4bit": true}}')
+    for key, value in settings.items():
+        require(key in BNB_TYPES, f"{name}: {key} is not known; there are {', '.join(BNB_TYPES)}")
+        require(matches(value, BNB_TYPES[key]), f"{name}: {key} does not take {value!r}")
+    bits = [settings.get(f"load_in_{count}bit", False) for count in (4, 8)]
+    require(sum(bits) == 1, f"{name} must set load_in_4bit or load_in_8bit to true, one of the two")
+    return settings
+
+
+def check_launch(cfg: Config) -> None:
+    """Refuse what accelerate's configuration asks for and Z-Image or FSDP cannot do."""
+    require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        is_used = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        require(not is_used, f"accelerate's configuration: {name} is not supported; choose multi-GPU or FSDP")
+    if not uses_fsdp():
+        return
+    is_second = os.environ.get("FSDP_VERSION", "1") == "2"
+    require(is_second, "accelerate's configuration: FSDP's first version is not supported; set fsdp_version: 2")
+    reasons = {
+        "--quantization": cfg.quantization, "--do_fp8_training": cfg.do_fp8_training,
+        "--bnb_quantization_config_path": cfg.bnb_quantization_config_path,
+        "--use_8bit_adam": cfg.use_8bit_adam and cfg.optimizer == "adamw",
+        "--optimizer prodigy": cfg.optimizer == "prodigy",
+    }  # fmt: skip
+    refused = [name for name, is_given in reasons.items() if is_given]
+    require(
+        not refused,
+        f"{', '.join(refused)} cannot be sharded by FSDP; leave it out, or choose multi-GPU in accelerate config",
+    )
+
+
 def check_inputs(cfg: Config) -> None:
     """Refuse folders, captions, pictures and environments that cannot work; needs Pillow only, changes nothing."""
-    require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        is_used = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-        require(not is_used, f"accelerate's configuration: {name} is not supported yet; choose plain multi-GPU")
+    check_launch(cfg)
     check_packages(cfg)
+    read_bnb_settings(cfg)
     check_output(cfg)
     check_nesting(cfg)
     made = demo_settings(cfg.output_dir) if cfg.demo else {}  # what `make_demo` has still to make
@@ -1150,11 +1301,15 @@ if RUN_AS_SCRIPT:
 
 logging.disable(logging.WARNING)  # torchao and diffusers report kernels and tensors that nobody here asked for
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from diffusers.optimization import get_scheduler
+from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import (
     cast_training_params,
     compute_density_for_timestep_sampling,
@@ -1162,11 +1317,13 @@ from diffusers.training_utils import (
 )
 from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weights
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import ModelCardData, snapshot_download
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
@@ -1225,16 +1382,15 @@ def find_model(cfg: Config, accelerator: Accelerator) -> Path:
     name = cfg.pretrained_model_name_or_path
     if Path(name).is_dir():
         return Path(name)
-    parts = [f"{part}/*" for part in ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")]
-    with accelerator.local_main_process_first():
-        try:
-            model = Path(snapshot_download(name, cache_dir=cfg.cache_dir, allow_patterns=["model_index.json", *parts]))
-        except Exception as error:  # the hub client's errors are many; their first line helps
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--pretrained_model_name_or_path {name} is no folder here and cannot be downloaded: {reason}"
-            ) from error
-    check_components(model)
+    weights = "*.safetensors" if cfg.variant is None else f"*.{cfg.variant}[.-]*safetensors"
+    parts = ["*.json", "tokenizer/*", *(f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer"))]
+    problem = f"--pretrained_model_name_or_path {name} is no folder here and cannot be downloaded"
+    with accelerator.local_main_process_first(), explained(problem):
+        folder = snapshot_download(
+            name, revision=cfg.revision, cache_dir=cfg.cache_dir, token=cfg.hub_token, allow_patterns=parts
+        )
+    model = Path(folder)
+    check_components(model, cfg.variant)
     return model
 
 
@@ -1250,20 +1406,20 @@ def file_digest(path: Path, folder: Path) -> str:
     return memo.read_text()
 
 
-def identify(component: Path, folder: Path) -> list[str]:
-    """Identify a component of the checkpoint by the content of its files."""
-    files = [path for path in find_files(component) if path.suffix in (".safetensors", ".json", ".jinja", ".txt")]
-    return [f"{path.name} {file_digest(path, folder)}" for path in files]
+def identify(component: Path, cfg: Config) -> list[str]:
+    """Identify a component of the checkpoint by the content of the files that are read."""
+    files = [path for path in find_files(component) if path.suffix in (".json", ".jinja", ".txt")]
+    files += weight_files(component, cfg.variant)
+    return [f"{path.name} {file_digest(path, encodings_folder(cfg))}" for path in files]
 
 
 def identify_encodings(cfg: Config, model: Path, accelerator: Accelerator) -> Encodings:
     """Collect what prompts and pictures are encoded with; hashes the encoders' files when they are new."""
-    folder = encodings_folder(cfg)
     with accelerator.local_main_process_first():
-        text_encoder = [*identify(model / "tokenizer", folder), *identify(model / "text_encoder", folder)]
-        vae = identify(model / "vae", folder)
+        text_encoder = [*identify(model / "tokenizer", cfg), *identify(model / "text_encoder", cfg)]
+        vae = identify(model / "vae", cfg)
     return Encodings(
-        folder=folder,
+        folder=encodings_folder(cfg),
         text_encoder=(ENCODING_VERSION, text_encoder, cfg.max_sequence_length, cfg.mixed_precision),
         vae=(ENCODING_VERSION, vae, cfg.mixed_precision),
     )
@@ -1276,7 +1432,23 @@ class TextEncoder(NamedTuple):
     model: nn.Module
 
 
-def load_text_encoder(model: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+@contextlib.contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a model on a device for as long as it is used; then it goes back to where it lives."""
+    home = module.device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def home(cfg: HardwareConfig, device: torch.device) -> torch.device:
+    """Choose where text encoder and VAE live: on the device, with `--offload` in host memory."""
+    return torch.device("cpu") if cfg.offload else device
+
+
+def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEncoder:
     """Load what prompts are encoded with.
 
     Z-Image reads `hidden_states[-2]`, which needs neither the last layer nor the final norm: both are left out, and
@@ -1286,9 +1458,11 @@ def load_text_encoder(model: Path, dtype: torch.dtype, device: torch.device) -> 
     config.num_hidden_layers -= 1
     if config.layer_types is not None:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    text_encoder = Qwen3Model.from_pretrained(model / "text_encoder", config=config, dtype=dtype)
+    text_encoder = Qwen3Model.from_pretrained(
+        model / "text_encoder", config=config, variant=cfg.variant, dtype=DTYPES[cfg.mixed_precision]
+    )
     text_encoder.norm = nn.Identity()
-    return TextEncoder(AutoTokenizer.from_pretrained(model / "tokenizer"), text_encoder.eval().to(device))
+    return TextEncoder(AutoTokenizer.from_pretrained(model / "tokenizer"), text_encoder.eval().to(home(cfg, device)))
 
 
 @torch.no_grad()
@@ -1308,16 +1482,28 @@ def encode_prompt(encoder: TextEncoder, prompt: str, max_sequence_length: int) -
     return encoder.model(input_ids=input_ids).last_hidden_state[0]
 
 
-def load_vae(model: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
+def load_vae(model: Path, cfg: Config, device: torch.device) -> AutoencoderKL:
     """Load the VAE."""
-    return AutoencoderKL.from_pretrained(model / "vae", torch_dtype=dtype).eval().to(device)
+    dtype = DTYPES[cfg.mixed_precision]
+    vae = AutoencoderKL.from_pretrained(model / "vae", variant=cfg.variant, torch_dtype=dtype)
+    return vae.eval().to(home(cfg, device))
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode_images(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> Tensor:
     """Encode pixels in [-1, 1] to the mode of their latents, scaled. (B, 3, H, W) -> (B, 16, h, w) in fp32"""
-    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    with visiting(vae, device):
+        latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Decode scaled latents, on their device, to pictures as `ZImagePipeline` does. (B, 16, h, w) -> B pictures"""
+    with visiting(vae, latents.device):
+        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(unscaled, return_dict=False)[0]  # (B, 3, H, W)
+    return VaeImageProcessor().postprocess(pixels, output_type="pil")
 
 
 class Augmentation(NamedTuple):
@@ -1353,10 +1539,16 @@ def picture_tensor(picture: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 
-def share_of(items: list[Any], accelerator: Accelerator) -> list[Any]:
-    """Take every n-th item, n processes being on this machine, whose disk may be its own; call it on all processes."""
+def share_of(items: list[Any], accelerator: Accelerator, is_even: bool = False) -> list[Any]:
+    """Take every n-th item, n processes being on this machine, whose disk may be its own; call it on all processes.
+
+    With `is_even` some items are done twice, so that all processes do equally many, as FSDP's forward passes must be.
+    """
     accelerator.wait_for_everyone()  # all have seen the same list before one begins to shorten it
-    return items[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    if is_even:
+        items = list(itertools.islice(itertools.cycle(items), math.ceil(len(items) / processes) * processes))
+    return items[accelerator.local_process_index :: processes]
 
 
 def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **options: int) -> tqdm:
@@ -1390,11 +1582,11 @@ def fill_prompts_cache(
         say(f"prompts: all {len(set(prompts))} come from the cache, the text encoder is not loaded")
     mine = share_of(missing, accelerator)
     if mine:
-        encoder = load_text_encoder(model, DTYPES[cfg.mixed_precision], accelerator.device)
-        for prompt in progress_bar(mine, "encoding prompts", accelerator):
-            save_tensors(
-                encodings.prompt(prompt), {"prompt_embeds": encode_prompt(encoder, prompt, cfg.max_sequence_length)}
-            )
+        encoder = load_text_encoder(model, cfg, accelerator.device)
+        with visiting(encoder.model, accelerator.device):
+            for prompt in progress_bar(mine, "encoding prompts", accelerator):
+                embedding = encode_prompt(encoder, prompt, cfg.max_sequence_length)
+                save_tensors(encodings.prompt(prompt), {"prompt_embeds": embedding})
         del encoder
         free_memory()
     accelerator.wait_for_everyone()
@@ -1410,10 +1602,11 @@ def fill_latents_cache(
         say(f"latents: all {len(wanted)} come from the cache, the VAE is not loaded for training")
     mine = share_of(missing, accelerator)
     if mine:
-        vae = load_vae(model, DTYPES[cfg.mixed_precision], accelerator.device)
+        vae = load_vae(model, cfg, accelerator.device)
         for sample, is_flipped in progress_bar(mine, "encoding pictures", accelerator):
-            pixels = load_pixels(sample, Augmentation(is_flipped, CENTRE))
-            save_tensors(encodings.latents(sample, is_flipped), {"latents": encode_images(vae, pixels[None])[0]})
+            pixels = load_pixels(sample, Augmentation(is_flipped, CENTRE))[None]
+            latents = encode_images(vae, pixels, accelerator.device)[0]
+            save_tensors(encodings.latents(sample, is_flipped), {"latents": latents})
         del vae
         free_memory()
     accelerator.wait_for_everyone()
@@ -1452,11 +1645,12 @@ def make_batches(
         TrainingExamples(samples, encodings, cfg),
         batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
         collate_fn=collate,
+        num_workers=cfg.dataloader_num_workers,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
-    vae = None if cfg.cache_latents else load_vae(model, DTYPES[cfg.mixed_precision], accelerator.device)
+    vae = None if cfg.cache_latents else load_vae(model, cfg, accelerator.device)
     for batch in loader:
-        latents = batch.latents if vae is None else encode_images(vae, batch.latents)
+        latents = batch.latents if vae is None else encode_images(vae, batch.latents, accelerator.device)
         yield Batch(
             seeds=batch.seeds,
             latents=latents.to(accelerator.device),
@@ -1475,36 +1669,189 @@ LAYER_ALIASES = {  # names from diffusers' other transformers, which commands fo
 }
 
 
-def load_transformer(
-    model: Path, dtype: torch.dtype, gradient_checkpointing: bool = False
-) -> ZImageTransformer2DModel:
-    """Load the frozen transformer to host memory."""
-    transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", torch_dtype=dtype)
-    if gradient_checkpointing:
+FP8 = torch.float8_e4m3fn
+
+
+class Format(NamedTuple):
+    """How a frozen weight (N, K) is stored, and how it is multiplied."""
+
+    storage: str  # fp8 and int8: a scale per row; nf4: a scale per 64 values
+    shape: torch.Size
+    dtype: torch.dtype  # of the layer's inputs and outputs
+    has_fp8_products: bool
+
+
+def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to fp8, every row scaled to fill its range. (M, K) -> (M, K) of e4m3, (M, 1) of fp32 to multiply it by"""
+    from torchao.float8.config import ScalingGranularity
+    from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
+
+    scale = tensor_to_scale(tensor, FP8, scaling_granularity=ScalingGranularity.AXISWISE, axiswise_dim=-1)
+    return to_fp8_saturated(tensor.float() * scale, FP8), 1 / scale
+
+
+def multiply_fp8(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
+    """Multiply scaled fp8 matrices. (M, K) with (M, 1), column-major (K, N) with (1, N) -> (M, N) of bf16"""
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(left, right, left_scale, by_row, right_scale, by_row, output_dtype=torch.bfloat16)
+
+
+def compress(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """Quantise a weight. (N, K) -> its bytes, fp32 scales
+
+    fp8 goes as uint8, because PEFT would make a LoRA in the dtype of a floating-point weight.
+    """
+    if storage == "nf4":
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        return packed, state.absmax
+    if storage == "int8":
+        from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
+
+        row = (1, weight.shape[1])
+        scale, zero = choose_qparams_affine(
+            weight, MappingType.SYMMETRIC, row, torch.int8, scale_dtype=torch.float32, keepdim=True
+        )
+        return quantize_affine(weight, row, scale, zero, torch.int8), scale
+    rounded, scale = to_fp8(weight)
+    return rounded.view(torch.uint8), scale
+
+
+def restore(stored: Tensor, scale: Tensor, form: Format) -> Tensor:
+    """Undo `compress`, up to its rounding. -> (N, K)"""
+    if form.storage == "nf4":
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        return dequantize_4bit(stored, QuantState(scale, form.shape, blocksize=64, quant_type="nf4", dtype=form.dtype))
+    values = stored.view(FP8) if form.storage == "fp8" else stored
+    return values.to(form.dtype) * scale.to(form.dtype)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T for a frozen weight; the backward pass keeps the weight as it is stored, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor, form: Format) -> Tensor:
+        """Multiply. (..., K) -> (..., N)"""
+        ctx.save_for_backward(stored, scale)
+        ctx.form = form
+        if not form.has_fp8_products:
+            return F.linear(x, restore(stored, scale, form))
+        rows, rows_scale = to_fp8(x.flatten(0, -2))
+        product = multiply_fp8(rows, stored.view(FP8).t(), rows_scale, scale.t())
+        return product.to(form.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Take the gradient back to the input; the weight has none. (..., N) -> (..., K)"""
+        (stored, scale), form = ctx.saved_tensors, ctx.form
+        if not form.has_fp8_products:
+            return gradient @ restore(stored, scale, form), None, None, None
+        rows, rows_scale = to_fp8(gradient.flatten(0, -2) * scale.t())  # W's scales lie along the sum: they go first
+        weight = stored.view(FP8).t().contiguous().t()  # column-major, as the product wants it
+        product = multiply_fp8(rows, weight, rows_scale, torch.ones(1, form.shape[1], device=scale.device))
+        return product.to(form.dtype).unflatten(0, gradient.shape[:-1]), None, None, None
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weight is stored in 8 or 4 bits and never trained."""
+
+    def __init__(self, linear: nn.Linear, storage: str, dtype: torch.dtype, has_fp8_products: bool) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, "meta", dtype)
+        fits = linear.in_features % 16 == 0 and linear.out_features % 16 == 0  # else the hardware cannot
+        self.form = Format(storage, self.weight.shape, dtype, has_fp8_products and fits)
+
+    def store(self, weight: Tensor) -> None:
+        """Take over a weight (N, K)."""
+        stored, scale = compress(weight, self.form.storage)
+        self.weight, self.scale = nn.Parameter(stored, False), nn.Parameter(scale, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer. (..., K) -> (..., N)"""
+        product = FrozenProduct.apply(x.to(self.form.dtype), self.weight, self.scale, self.form)
+        return product if self.bias is None else product + self.bias
+
+
+def make_empty_transformer(model: Path) -> ZImageTransformer2DModel:
+    """Build the transformer without weights, on the meta device."""
+    with torch.device("meta"):
+        return ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(model / "transformer"))
+
+
+def load_compressed(model: Path, cfg: Config, dtype: torch.dtype, device: torch.device) -> ZImageTransformer2DModel:
+    """Read the transformer tensor by tensor, quantising at once: it never exists whole in its original precision."""
+    transformer = make_empty_transformer(model).to(dtype)
+    for block in (module for module in transformer.modules() if isinstance(module, ZImageTransformerBlock)):
+        for name, linear in list(block.named_modules()):
+            if isinstance(linear, nn.Linear):
+                block.set_submodule(name, FrozenLinear(linear, cfg.storage, dtype, cfg.do_fp8_training))
+    for file in weight_files(model / "transformer", cfg.variant):
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():
+                owner, _, kind = name.rpartition(".")
+                module, tensor = transformer.get_submodule(owner), shard.get_tensor(name).to(device, dtype)
+                if isinstance(module, FrozenLinear) and kind == "weight":
+                    module.store(tensor)
+                else:
+                    setattr(module, kind, nn.Parameter(tensor.clone(), False))  # a view would keep the whole shard
+    missing = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
+    require(not missing, f"{model}/transformer has no weights for {', '.join(missing[:3])}; download it again")
+    return transformer
+
+
+def bnb_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """Translate `--bnb_quantization_config_path` into options of `from_pretrained`; none without it."""
+    settings = read_bnb_settings(cfg)
+    if not settings:
+        return {}
+    from diffusers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(**settings | {"bnb_4bit_compute_dtype": dtype})}
+
+
+def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch.device) -> ZImageTransformer2DModel:
+    """Load the frozen transformer: to host memory, quantised ones to the device."""
+    if cfg.storage is not None:
+        transformer = load_compressed(model, cfg, dtype, device)
+    else:
+        transformer = ZImageTransformer2DModel.from_pretrained(
+            model / "transformer", variant=cfg.variant, torch_dtype=dtype, **bnb_options(cfg, dtype)
+        )
+    if cfg.attention is not None:
+        transformer.set_attention_backend(cfg.attention)
+    if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
         transformer.enable_gradient_checkpointing()
     return transformer.requires_grad_(False)
+
+
+def expand_range(name: str) -> Iterator[str]:
+    """Write `layers.0-9.attention` out as ten names; a name without a range stays as it is."""
+    match = re.fullmatch(r"(.+\.)(\d+)-(\d+)(\..+)?", name)
+    if match is None or int(match[2]) > int(match[3]):
+        return iter([name])
+    return (f"{match[1]}{number}{match[4] or ''}" for number in range(int(match[2]), int(match[3]) + 1))
 
 
 def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
     """Translate `--lora_layers` into the full names of linear layers, looked up in a model without weights.
 
     A name stands for every layer that it is, that ends in it, or that lies inside it: `to_q`, `layers.10.attention`,
-    `layers.10.attention.to_q`. Raises UserError for a name that stands for nothing.
+    `layers.10.attention.to_q`; `layers.0-9` is a range. Raises UserError for a name that stands for nothing.
     """
-    with torch.device("meta"):
-        empty = ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(model / "transformer"))
-    linear = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
+    modules = make_empty_transformer(model).named_modules()
+    linear = [name for name, module in modules if isinstance(module, nn.Linear)]
     wanted = [name.strip() for name in lora_layers.split(",") if name.strip()]
     require(bool(wanted), "--lora_layers is empty; leave it out for the attention and feed-forward layers")
     chosen = set()
     for name in wanted:
-        parts = LAYER_ALIASES.get(name, (name,))
         if name in LAYER_ALIASES:
-            say(f"--lora_layers: {name} means {' and '.join(parts)} in Z-Image")
-        hits = {layer for layer in linear for part in parts if f".{part}." in f".{layer}."}
-        endings = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in linear})
-        require(bool(hits), f"--lora_layers: no linear layer is called {name}; there are {', '.join(endings)}")
-        chosen |= hits
+            say(f"--lora_layers: {name} means {' and '.join(LAYER_ALIASES[name])} in Z-Image")
+        for part in LAYER_ALIASES.get(name, expand_range(name)):
+            hits = {layer for layer in linear if f".{part}." in f".{layer}."}
+            endings = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in linear})
+            require(bool(hits), f"--lora_layers: no linear layer is called {part}; there are {', '.join(endings)}")
+            chosen |= hits
     return [layer for layer in linear if layer in chosen]
 
 
@@ -1633,6 +1980,18 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, sh
 # =====================================================================================================================
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Collect a tensor that FSDP has spread over the processes, all of which must call this; others stay as is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """Spread a tensor over the processes as another one is, if it is."""
+    if not isinstance(example, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
+
+
 def train(
     cfg: Config,
     accelerator: Accelerator,
@@ -1657,7 +2016,7 @@ def train(
                 accelerator.backward(loss)
             losses.append(loss.detach())
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm))
+        grad_norm = float(whole(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)))
         refuse_nan(loss, grad_norm, step + 1, cfg)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
@@ -1676,8 +2035,12 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torc
         "weight_decay": cfg.adam_weight_decay,
         "eps": cfg.adam_epsilon,
     }
-    if cfg.optimizer == "adamw":
+    if cfg.optimizer == "adamw" and not cfg.use_8bit_adam:
         return torch.optim.AdamW(parameters, **common)
+    if cfg.optimizer == "adamw":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **common)
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(None):  # it prints a remark of its own
@@ -1693,7 +2056,8 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torc
 
 def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[int], float]:
     """Make the learning rate a function of the optimizer step, with diffusers' schedules."""
-    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=cfg.learning_rate)
+    peak = cfg.learning_rate * (schedule.total_batch if cfg.scale_lr else 1)
+    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
     scheduler = get_scheduler(
         cfg.lr_scheduler,
         placeholder,
@@ -1703,7 +2067,7 @@ def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[in
         num_cycles=cfg.lr_num_cycles,
         power=cfg.lr_power,
     )
-    return lambda step: cfg.learning_rate * scheduler.lr_lambdas[0](step)
+    return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
 def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
@@ -1718,11 +2082,42 @@ def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
     )
 
 
-def finite_lora(transformer: nn.Module) -> dict[str, Tensor]:
-    """Collect the LoRA's tensors. Raises FloatingPointError rather than let a broken LoRA be saved."""
-    state = get_peft_model_state_dict(transformer)
+def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
+    """Collect the LoRA's tensors, on all processes. Raises FloatingPointError if they are broken."""
+    state = {name: whole(tensor) for name, tensor in get_peft_model_state_dict(transformer).items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise FloatingPointError("the LoRA is no longer finite and is not saved; lower --learning_rate")
+    return state
+
+
+@torch.no_grad()
+def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put tensors that `lora_state_dict` collected into the live model."""
+    for name, live in get_peft_model_state_dict(transformer).items():  # they share their memory with the parameters
+        live.copy_(spread_like(state[name], live))
+
+
+def flatten(tree: dict[Any, Any], path: str = "") -> dict[str, Any]:
+    """Name the leaves of nested dictionaries by their paths, such as `0.exp_avg`; tensors are collected."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = whole(value).clone() if torch.is_tensor(value) else value
+    return flat
+
+
+def unflatten(flat: dict[str, Any], parameters: list[nn.Parameter]) -> dict[int, dict[str, Any]]:
+    """Undo `flatten` for the state of an optimizer, spreading what has a parameter's shape as the parameter is."""
+    state: dict[int, dict[str, Any]] = collections.defaultdict(dict)
+    for path, value in flat.items():
+        number, *inner, key = path.split(".")
+        parameter, entry = parameters[int(number)], state[int(number)]
+        for name in inner:
+            entry = entry.setdefault(name, {})
+        has_shape = torch.is_tensor(value) and value.shape == parameter.shape
+        entry[key] = spread_like(value, parameter) if has_shape else value
     return state
 
 
@@ -1730,19 +2125,19 @@ def save_checkpoint(
     accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     """Write checkpoint-N: the LoRA and the optimizer in fp32 as safetensors, the rest as JSON, whole or not at all."""
+    lora, state = lora_state_dict(unwrap(accelerator, transformer)), optimizer.state_dict()
+    values = flatten(state["state"])
+    tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
+    content = {
+        "step": step,
+        "optimizer": {name: value for name, value in values.items() if name not in tensors},
+        "param_groups": state["param_groups"],
+        "settings": shareable_settings(cfg),
+    }
     if accelerator.is_main_process:
         output = Path(cfg.output_dir)
         folder, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.{uuid.uuid4().hex}.tmp"
-        state = optimizer.state_dict()
-        values = {f"{index}.{name}": value for index, entry in state["state"].items() for name, value in entry.items()}
-        tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
-        content = {
-            "step": step,
-            "optimizer": {name: value for name, value in values.items() if name not in tensors},
-            "param_groups": state["param_groups"],
-            "settings": dataclasses.asdict(cfg),
-        }
-        save_tensors(temporary / "lora.safetensors", finite_lora(unwrap(accelerator, transformer)))
+        save_tensors(temporary / "lora.safetensors", lora)
         save_tensors(temporary / "optimizer.safetensors", tensors)
         write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
         for path in (output / "metrics.jsonl", temporary):
@@ -1803,17 +2198,16 @@ def load_checkpoint(
 ) -> None:
     """Load LoRA and optimizer; settings of the optimizer stay as this run has them. Raises UserError on a misfit."""
     lora, values = load_file(checkpoint / "lora.safetensors"), load_file(checkpoint / "optimizer.safetensors")
-    state: dict[int, dict[str, Any]] = collections.defaultdict(dict)
-    for name, value in (content["optimizer"] | values).items():
-        index, key = name.split(".", 1)
-        state[int(index)][key] = value
+    values |= content["optimizer"]
     group, fresh = content["param_groups"][0], optimizer.state_dict()["param_groups"][0]
     counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
-    fits = lora.keys() == get_peft_model_state_dict(transformer).keys() and sorted(state) == fresh["params"]
+    numbers = {path.split(".")[0] for path in values}
+    fits = lora.keys() == get_peft_model_state_dict(transformer).keys() and numbers == set(map(str, fresh["params"]))
     require(fits, f"--resume_from_checkpoint: {checkpoint} is damaged; name another one")
-    set_peft_model_state_dict(transformer, lora)
+    load_lora(transformer, lora)
+    state = unflatten(values, optimizer.param_groups[0]["params"])
     group = fresh | {name: value for name, value in group.items() if name in counted}
-    optimizer.load_state_dict({"state": dict(state), "param_groups": [group]})
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
 
 
 def cut_metrics(file: Path, step: int) -> None:
@@ -1838,11 +2232,11 @@ def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float]
 # =====================================================================================================================
 
 
-def make_pipeline(transformer: nn.Module, model: Path, dtype: torch.dtype, device: torch.device) -> ZImagePipeline:
-    """Put a transformer that is on the device into the official pipeline, with a VAE, without a text encoder."""
+def make_pipeline(transformer: nn.Module, model: Path) -> ZImagePipeline:
+    """Put a transformer that is on the device into the official pipeline, which then draws latents."""
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler"),
-        vae=load_vae(model, dtype, device),
+        vae=None,
         text_encoder=None,
         tokenizer=None,
         transformer=transformer,
@@ -1853,6 +2247,7 @@ def make_pipeline(transformer: nn.Module, model: Path, dtype: torch.dtype, devic
 
 def draw_pictures(
     pipeline: ZImagePipeline,
+    vae: AutoencoderKL,
     prompts: list[str],
     seeds: list[int],
     side: int,
@@ -1865,7 +2260,7 @@ def draw_pictures(
     embeddings = [
         load_file(encodings.prompt(prompt))["prompt_embeds"].to(device, dtype) for prompt in prompts + negative
     ]
-    return pipeline(
+    latents = pipeline(
         prompt_embeds=embeddings[: len(prompts)],
         negative_prompt_embeds=embeddings[len(prompts) :],
         height=side,
@@ -1873,7 +2268,9 @@ def draw_pictures(
         num_inference_steps=cfg.num_inference_steps,
         guidance_scale=cfg.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
     ).images
+    return decode_latents(vae, latents)
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -1890,17 +2287,17 @@ def generate_class_images(
     mine = share_of([sample for sample in samples if not sample.digest], accelerator)
     if mine:
         dtype = DTYPES[cfg.prior_generation_precision]
-        transformer = load_transformer(model, dtype).eval().to(accelerator.device)
-        pipeline = make_pipeline(transformer, model, dtype, accelerator.device)
+        transformer = load_transformer(model, cfg, dtype, accelerator.device).eval().to(accelerator.device)
+        pipeline, vae = make_pipeline(transformer, model), load_vae(model, cfg, accelerator.device)
         groups = [mine[start : start + cfg.sample_batch_size] for start in range(0, len(mine), cfg.sample_batch_size)]
         for group in progress_bar(groups, "generating class pictures", accelerator):
             seeds = [derive_seed(cfg.seed, "class picture", sample.path.name) for sample in group]
             prompts = [sample.prompt for sample in group]
             for sample, picture in zip(
-                group, draw_pictures(pipeline, prompts, seeds, training_side(cfg), encodings, cfg)
+                group, draw_pictures(pipeline, vae, prompts, seeds, training_side(cfg), encodings, cfg)
             ):
                 write_file(sample.path, png_bytes(picture))
-        del pipeline, transformer
+        del pipeline, transformer, vae
         free_memory()
     accelerator.wait_for_everyone()
     return [sample if sample.digest else verify_pictures([sample], encodings.folder)[0] for sample in samples]
@@ -1942,16 +2339,16 @@ def validate(
     """Draw PROMPT-IMAGE.png from the live transformer, split over the processes, and put them on sheet.png."""
     prompts, folder = validation_prompts(cfg, is_final), validation_folder(cfg, step)
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
-    mine = share_of(jobs, accelerator)
+    mine = share_of(jobs, accelerator, is_even=True)
     live = unwrap(accelerator, transformer).eval()
     if mine:
         say(f"step {step}: drawing {len(jobs)} pictures")
-        pipeline = make_pipeline(live, model, DTYPES[cfg.mixed_precision], accelerator.device)
+        pipeline, vae = make_pipeline(live, model), load_vae(model, cfg, accelerator.device)
         side = cfg.validation_resolution or training_side(cfg)
         for prompt, image in mine:
-            picture = draw_pictures(pipeline, [prompts[prompt]], [cfg.seed + image], side, encodings, cfg)[0]
+            picture = draw_pictures(pipeline, vae, [prompts[prompt]], [cfg.seed + image], side, encodings, cfg)[0]
             write_file(folder / f"{prompt}-{image}.png", png_bytes(picture))
-        del pipeline
+        del pipeline, vae
         free_memory()
     live.train()
     accelerator.wait_for_everyone()
@@ -2016,18 +2413,18 @@ def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module
     file = Path(cfg.output_dir) / "pytorch_lora_weights.safetensors"
     live = unwrap(accelerator, transformer)
     dtype = torch.float32 if cfg.upcast_before_saving else DTYPES[cfg.mixed_precision]
-    exported = export_lora(finite_lora(live), cfg.lora_scale, dtype)
+    exported = export_lora(lora_state_dict(live), cfg.lora_scale, dtype)
     if accelerator.is_main_process:
         save_tensors(file, exported, lora_metadata(cfg))
     as_saved = {name.removeprefix("transformer."): tensor.float() for name, tensor in exported.items()}
     unfolded = {name: tensor / (cfg.lora_scale if ".lora_B." in name else 1) for name, tensor in as_saved.items()}
-    set_peft_model_state_dict(live, unfolded)
+    load_lora(live, unfolded)
     return file
 
 
 def save_config(cfg: Config) -> None:
     """Write config.json: all settings, which `--config` replays, and the environment, which it does not."""
-    settings = dataclasses.asdict(cfg) | {"environment": describe_environment()}
+    settings = shareable_settings(cfg) | {"environment": describe_environment()}
     for order in ("resume_from_checkpoint", "overwrite_output_dir"):  # meant for this start, not for a repetition
         del settings[order]
     write_file(
@@ -2083,6 +2480,32 @@ def save_model_card(cfg: Config, step: int) -> None:
         rows="\n".join(rows),
     )
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
+
+
+SHARED_FILES = ("pytorch_lora_weights.safetensors", "README.md", "config.json", "validation/*.png")
+
+
+def open_repository(cfg: OutputConfig) -> str:
+    """Create the repository before training, so that a missing login shows now; returns its full name."""
+    with explained(
+        f"--push_to_hub: the repository {cfg.repository} cannot be made",
+        "log in with `hf auth login`, give --hub_token, or leave the flag out and upload later",
+    ):
+        hub = HfApi(token=cfg.hub_token)
+        return hub.create_repo(cfg.repository, private=cfg.hub_private_repo or None, exist_ok=True).repo_id
+
+
+def push(cfg: OutputConfig, repository: str) -> None:
+    """Upload what is meant to be shared, and nothing else. Raises UserError with the way to try again."""
+    options = " ".join(f"--include='{pattern}'" for pattern in SHARED_FILES)
+    with explained(
+        f"the LoRA is finished and safe in {cfg.output_dir}, but uploading it failed",
+        f"try again with: hf upload {repository} '{cfg.output_dir}' . {options}",
+    ):
+        HfApi(token=cfg.hub_token).upload_folder(
+            repo_id=repository, folder_path=cfg.output_dir, allow_patterns=SHARED_FILES, commit_message="Z-Image LoRA"
+        )
+    say(f"uploaded to {repository}")
 
 
 def plain(text: str) -> str:
@@ -2228,22 +2651,49 @@ def make_accelerator(cfg: Config) -> Accelerator:
     is_known = names == ["none"] or set(names) <= set(known)
     require(is_known, f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}, or none")
     accumulation = GradientAccumulationPlugin(num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False)
-    try:
+    logs = str(logging_folder(cfg))
+    with explained("accelerate does not start", "in a notebook, restart the kernel to change --mixed_precision"):
         accelerator = Accelerator(
             mixed_precision=cfg.mixed_precision,
             gradient_accumulation_plugin=accumulation,
             log_with=None if names == ["none"] else names,
-            project_config=ProjectConfiguration(cfg.output_dir, logging_dir=str(Path(cfg.output_dir) / "logs")),
+            project_config=ProjectConfiguration(cfg.output_dir, logging_dir=logs),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
-    except ValueError as error:  # it keeps its state as long as the process lives
-        reason = f"accelerate does not start: {str(error).strip().splitlines()[0]}"
-        raise UserError(f"{reason} In a notebook, restart the kernel to change --mixed_precision") from error
     is_there = names in (["none"], ["all"]) or len(accelerator.log_with) == len(names)
     require(
         is_there, f"--report_to {cfg.report_to}: a tracker's package is not installed; pip install {' '.join(names)}"
     )
+    if cfg.allow_tf32:
+        torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def logging_folder(cfg: OutputConfig) -> Path:
+    """Locate the trackers' files."""
+    return Path(cfg.output_dir, cfg.logging_dir)
+
+
+def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
+    """Refuse what this machine cannot compute, before anything is loaded."""
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    require(
+        not (cfg.do_fp8_training and is_old),
+        "--do_fp8_training needs a GPU of compute capability 8.9 or above (Ada, Hopper or later); "
+        "--quantization fp8 stores the weights in 8 bits on any GPU",
+    )
+    if cfg.bnb_quantization_config_path is not None:
+        with explained("--bnb_quantization_config_path", "--quantization nf4 or int8 runs everywhere"):
+            config = bnb_options(cfg, DTYPES[cfg.mixed_precision])["quantization_config"]
+            DiffusersAutoQuantizer.from_config(config).validate_environment()
+    if cfg.use_8bit_adam and cfg.optimizer == "adamw":
+        with explained("--use_8bit_adam: bitsandbytes cannot do it on this machine", "leave the flag out"):
+            probe = nn.Parameter(torch.zeros(4096, device=device))
+            probe.grad = torch.zeros_like(probe)
+            make_optimizer([probe], cfg).step()
+    if cfg.attention is not None:
+        with explained(f"--attention_backend {cfg.attention}"):
+            make_empty_transformer(model).set_attention_backend(cfg.attention)
 
 
 def agree_on_start(cfg: Config, accelerator: Accelerator) -> int:
@@ -2261,7 +2711,7 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
     output = Path(cfg.output_dir)
     if cfg.report_to != "none":
-        start_trackers(cfg, accelerator, output / "logs")
+        start_trackers(cfg, accelerator, logging_folder(cfg))
     if accelerator.is_main_process:
         is_ours = "environment" in read_own_config(output) or bool(list_checkpoints(output))
         if is_ours and (cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)):
@@ -2275,12 +2725,10 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
 def start_trackers(cfg: Config, accelerator: Accelerator, logs: Path) -> None:
     """Start the trackers. Raises UserError if one cannot start, for want of a login or a network."""
     logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
-    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(cfg).items()}
-    try:
+    shareable = shareable_settings(cfg).items()
+    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in shareable}
+    with explained(f"--report_to {cfg.report_to} cannot start", "for wandb: `wandb login`"):
         accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
-    except Exception as error:  # every tracker raises its own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--report_to {cfg.report_to} cannot start: {reason} (for wandb: `wandb login`)") from error
 
 
 def remove_run(output: Path) -> None:
@@ -2309,6 +2757,7 @@ def main(cfg: Config) -> Path:
         say(line)
 
     model = find_model(cfg, accelerator)
+    check_hardware(cfg, model, accelerator.device)
     layers = resolve_lora_layers(cfg.lora_layers, model)
     with accelerator.local_main_process_first():
         instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
@@ -2319,6 +2768,7 @@ def main(cfg: Config) -> Path:
     for line in describe_plan(samples, cfg, schedule):
         say(line)
     prepare_output(cfg, accelerator)
+    repository = open_repository(cfg) if cfg.push_to_hub and accelerator.is_main_process else None
 
     encodings = identify_encodings(cfg, model, accelerator)
     fill_prompts_cache(needed_prompts(samples, cfg), model, encodings, cfg, accelerator)
@@ -2326,7 +2776,7 @@ def main(cfg: Config) -> Path:
     if cfg.cache_latents:
         fill_latents_cache(samples, model, encodings, cfg, accelerator)
 
-    transformer = load_transformer(model, DTYPES[cfg.mixed_precision], cfg.gradient_checkpointing)
+    transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision], accelerator.device)
     parameters = add_lora(transformer, layers, cfg, cfg.seed)
     say(describe_lora(parameters, layers, cfg))
     optimizer = make_optimizer(parameters, cfg)
@@ -2353,6 +2803,8 @@ def main(cfg: Config) -> Path:
         save_model_card(cfg, schedule.max_train_steps)
     accelerator.end_training()
     say(describe_results(cfg, file))
+    if repository is not None:
+        push(cfg, repository)
     return file
 
 
