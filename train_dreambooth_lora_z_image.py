@@ -1318,7 +1318,7 @@ from diffusers.training_utils import (
 from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weights
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -2082,9 +2082,18 @@ def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
     )
 
 
+def lora_tensors(transformer: nn.Module) -> dict[str, Tensor]:
+    """Find the live tensors of the LoRA, by their names in files.
+
+    PEFT's own function finds none of them inside the wrappers of FSDP's activation checkpointing.
+    """
+    state = transformer.state_dict()  # its tensors share their memory with the parameters
+    return {name.replace(".default.", "."): tensor for name, tensor in state.items() if ".lora_" in name}
+
+
 def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
     """Collect the LoRA's tensors, on all processes. Raises FloatingPointError if they are broken."""
-    state = {name: whole(tensor) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    state = {name: whole(tensor) for name, tensor in lora_tensors(transformer).items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise FloatingPointError("the LoRA is no longer finite and is not saved; lower --learning_rate")
     return state
@@ -2093,7 +2102,7 @@ def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
     """Put tensors that `lora_state_dict` collected into the live model."""
-    for name, live in get_peft_model_state_dict(transformer).items():  # they share their memory with the parameters
+    for name, live in lora_tensors(transformer).items():
         live.copy_(spread_like(state[name], live))
 
 
@@ -2202,7 +2211,7 @@ def load_checkpoint(
     group, fresh = content["param_groups"][0], optimizer.state_dict()["param_groups"][0]
     counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
     numbers = {path.split(".")[0] for path in values}
-    fits = lora.keys() == get_peft_model_state_dict(transformer).keys() and numbers == set(map(str, fresh["params"]))
+    fits = lora.keys() == lora_tensors(transformer).keys() and numbers == set(map(str, fresh["params"]))
     require(fits, f"--resume_from_checkpoint: {checkpoint} is damaged; name another one")
     load_lora(transformer, lora)
     state = unflatten(values, optimizer.param_groups[0]["params"])
