@@ -1233,15 +1233,26 @@ def read_bnb_settings(cfg: HardwareConfig) -> dict[str, Any]:
 
 
 def check_launch(cfg: Config) -> None:
-    """Refuse what accelerate's configuration asks for and Z-Image or FSDP cannot do."""
+    """Refuse what accelerate's configuration asks for and this program, or Z-Image, cannot do."""
     require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         is_used = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
         require(not is_used, f"accelerate's configuration: {name} is not supported; choose multi-GPU or FSDP")
-    if not uses_fsdp():
-        return
-    is_second = os.environ.get("FSDP_VERSION", "1") == "2"
-    require(is_second, "accelerate's configuration: FSDP's first version is not supported; set fsdp_version: 2")
+    if uses_fsdp():
+        check_fsdp(cfg)
+
+
+def check_fsdp(cfg: Config) -> None:
+    """Refuse what cannot be sharded, or would train wrongly if it were."""
+    needed = {"version": "2", "cpu_ram_efficient_loading": "false", "offload_params": "false"}
+    for name, value in needed.items():
+        is_so = os.environ.get(f"FSDP_{name.upper()}", "1" if name == "version" else "false") == value
+        require(is_so, f"accelerate's configuration: only fsdp_{name}: {value} is supported; change it there")
+    require(
+        cfg.lora_dropout == 0 or not uses_fsdp_checkpointing(),
+        "--lora_dropout would be drawn anew when FSDP recomputes activations, which spoils the gradient; "
+        "set fsdp_activation_checkpointing: false in accelerate's configuration, or leave the dropout out",
+    )
     reasons = {
         "--quantization": cfg.quantization, "--do_fp8_training": cfg.do_fp8_training,
         "--bnb_quantization_config_path": cfg.bnb_quantization_config_path,
@@ -1687,7 +1698,7 @@ def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 
     scale = tensor_to_scale(tensor, FP8, scaling_granularity=ScalingGranularity.AXISWISE, axiswise_dim=-1)
-    return to_fp8_saturated(tensor.float() * scale, FP8), 1 / scale
+    return to_fp8_saturated(tensor.float() * scale, FP8).contiguous(), 1 / scale
 
 
 def multiply_fp8(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
@@ -1889,10 +1900,13 @@ def add_lora(
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def describe_lora(parameters: list[nn.Parameter], layers: list[str], cfg: LoraSettings) -> str:
-    """Tell how much is trained, and how strongly it counts."""
-    count = sum(parameter.numel() for parameter in parameters)
+def describe_lora(transformer: nn.Module, layers: list[str], cfg: LoraSettings) -> str:
+    """Tell how much is frozen and trained, and how strongly it counts."""
+    frozen = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+    count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     return (
+        f"transformer: {size / 1e9:.3g} GB of frozen weights\n"
         f"LoRA: {count:,} trainable parameters in {len(layers)} layers, rank {cfg.rank}, "
         f"effective scale alpha / rank = {cfg.lora_scale:g}"
     )
@@ -2491,7 +2505,7 @@ def save_model_card(cfg: Config, step: int) -> None:
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
 
 
-SHARED_FILES = ("pytorch_lora_weights.safetensors", "README.md", "config.json", "validation/*.png")
+SHARED_FILES = ("pytorch_lora_weights.safetensors", "README.md", "config.json", "validation/step-*/*.png")
 
 
 def open_repository(cfg: OutputConfig) -> str:
@@ -2787,7 +2801,7 @@ def main(cfg: Config) -> Path:
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision], accelerator.device)
     parameters = add_lora(transformer, layers, cfg, cfg.seed)
-    say(describe_lora(parameters, layers, cfg))
+    say(describe_lora(transformer, layers, cfg))
     optimizer = make_optimizer(parameters, cfg)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
 
