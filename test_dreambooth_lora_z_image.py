@@ -40,7 +40,9 @@ HERE = Path(__file__).parent
 SCRIPT = HERE / "train_dreambooth_lora_z_image.py"
 README = (HERE / "README.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
+PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
 LONG = ("benchmark", "soak", "ablation")
+FP32 = Config(pretrained_model_name_or_path="m", instance_data_dir="d", instance_prompt="p", mixed_precision="no")
 
 
 @pytest.fixture(autouse=True)
@@ -357,16 +359,29 @@ def test_pasted_into_a_notebook_cell(workplace, model):
 # Config
 # =====================================================================================================================
 
-ANCESTOR = """pretrained_model_name_or_path dataset_name dataset_config_name instance_data_dir cache_dir image_column
-caption_column repeats class_data_dir instance_prompt class_prompt max_sequence_length validation_prompt
-skip_final_inference final_validation_prompt num_validation_images validation_epochs rank lora_alpha lora_dropout
-with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution aspect_ratio_buckets
-use_aspect_ratio_buckets center_crop random_flip train_batch_size sample_batch_size num_train_epochs max_train_steps
-checkpointing_steps checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing
-learning_rate guidance_scale text_encoder_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power weighting_scheme
-logit_mean logit_std mode_scale optimizer adam_beta1 adam_beta2 prodigy_beta3 prodigy_decouple adam_weight_decay
-adam_weight_decay_text_encoder lora_layers adam_epsilon prodigy_use_bias_correction prodigy_safeguard_warmup
-max_grad_norm cache_latents report_to mixed_precision upcast_before_saving prior_generation_precision local_rank"""
+ANCESTOR = {  # the flags of diffusers' script, and their defaults
+    "pretrained_model_name_or_path": None, "revision": None, "bnb_quantization_config_path": None,
+    "do_fp8_training": False, "variant": None, "dataset_name": None, "dataset_config_name": None,
+    "instance_data_dir": None, "cache_dir": None, "image_column": "image", "caption_column": None, "repeats": 1,
+    "class_data_dir": None, "instance_prompt": None, "class_prompt": None, "max_sequence_length": 512,
+    "validation_prompt": None, "skip_final_inference": False, "final_validation_prompt": None,
+    "num_validation_images": 4, "validation_epochs": 50, "rank": 4, "lora_alpha": 4, "lora_dropout": 0.0,
+    "with_prior_preservation": False, "prior_loss_weight": 1.0, "num_class_images": 100,
+    "output_dir": "z-image-dreambooth-lora", "seed": None, "resolution": 512, "aspect_ratio_buckets": None,
+    "use_aspect_ratio_buckets": False, "center_crop": False, "random_flip": False, "train_batch_size": 4,
+    "sample_batch_size": 4, "num_train_epochs": 1, "max_train_steps": None, "checkpointing_steps": 500,
+    "checkpoints_total_limit": None, "resume_from_checkpoint": None, "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False, "learning_rate": 0.0001, "guidance_scale": 3.5, "text_encoder_lr": 5e-06,
+    "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1, "lr_power": 1.0,
+    "dataloader_num_workers": 0, "weighting_scheme": "none", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29,
+    "optimizer": "AdamW", "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "prodigy_beta3": None,
+    "prodigy_decouple": True, "adam_weight_decay": 0.0001, "adam_weight_decay_text_encoder": 0.001,
+    "lora_layers": None, "adam_epsilon": 1e-08, "prodigy_use_bias_correction": True, "prodigy_safeguard_warmup": True,
+    "max_grad_norm": 1.0, "push_to_hub": False, "hub_token": None, "hub_model_id": None, "logging_dir": "logs",
+    "allow_tf32": False, "cache_latents": False, "report_to": "tensorboard", "mixed_precision": None,
+    "upcast_before_saving": False, "offload": False, "prior_generation_precision": None, "local_rank": -1,
+    "enable_npu_flash_attention": False, "fsdp_text_encoder": False,
+}  # fmt: skip
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
 
@@ -374,7 +389,7 @@ NEEDED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--insta
 def test_help_and_a_mistyped_flag_answer_without_torch(tmp_path):
     done = run_script("--help", without_torch=True, tmp_path=tmp_path)
     assert done.returncode == 0
-    assert [name for name in ANCESTOR.split() if f"--{name} " not in done.stdout] == []
+    assert [name for name in ANCESTOR if f"--{name} " not in done.stdout] == []
     done = run_script(*NEEDED, "--learning_rat=1", without_torch=True, tmp_path=tmp_path)
     assert done.returncode == 2 and "unrecognized arguments: --learning_rat=1" in done.stderr
 
@@ -458,6 +473,10 @@ def test_bad_config_files(content, words, tmp_path, capsys):
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "--lr_scheduler polynomial falls to 1e-7"),
         ({"caption_column": "text"}, "--caption_column belongs to --dataset_name"),
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is required"),
+        ({"quantization": "fp8", "do_fp8_training": True}, "--quantization and --do_fp8_training are formats for"),
+        ({"quantization": "int4"}, "--quantization does not take 'int4'; it takes fp8 or int8 or nf4"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id a/b/c is no name of a repository"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0"),
     ],
 )
 def test_config_refuses(changes, words, make_config):
@@ -477,6 +496,11 @@ def test_config_refuses(changes, words, make_config):
         ({"class_prompt": "dog"}, "--with_prior_preservation"),
         ({"final_validation_prompt": "a", "validation_prompt": ("b",)}, "--final_validation_prompt"),
         ({"cache_latents": True, "random_flip": True}, "at its centre, with its mirror image"),
+        ({"fsdp_text_encoder": True}, "--fsdp_text_encoder has no effect"),
+        ({"use_8bit_adam": True}, "AdamW in fp32 costs only 240 MB more, at rank 16 with the default layers"),
+        (PRODIGY | {"use_8bit_adam": True}, "--use_8bit_adam is ignored with --optimizer prodigy"),
+        ({"revision": "main"}, "--revision has no effect on a local folder"),
+        ({"hub_model_id": "me/lora"}, "no effect without --push_to_hub"),
     ],
 )
 def test_advice(changes, words, make_config):
@@ -896,6 +920,29 @@ MISTAKES = {
         lambda w: ["--overwrite_output_dir", "--resume_from_checkpoint=latest"],
         "give one of the two",
     ),
+    "no bitsandbytes file": (
+        lambda w: ["--bnb_quantization_config_path=nf4.json"], "--bnb_quantization_config_path nf4.json cannot be read"
+    ),
+    "no bits": (
+        lambda w: (w / "b.json").write_text("{}") and ["--bnb_quantization_config_path=b.json"],
+        "b.json must set load_in_4bit or load_in_8bit to true, one of the two",
+    ),
+    "unknown key for bitsandbytes": (
+        lambda w: (w / "b.json").write_text('{"load_in_4bits": true}') and ["--bnb_quantization_config_path=b.json"],
+        "b.json: load_in_4bits is not known; there are load_in_4bit, ",
+    ),
+    "bad value for bitsandbytes": (
+        lambda w: (w / "b.json").write_text('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf5"}')
+        and ["--bnb_quantization_config_path=b.json"],
+        "b.json: bnb_4bit_quant_type does not take 'nf5'",
+    ),
+    "list for bitsandbytes": (
+        lambda w: (w / "b.json").write_text("[]") and ["--bnb_quantization_config_path=b.json"],
+        "b.json must hold one JSON object",
+    ),
+    "no such variant": (
+        lambda w: ["--variant=bf16"], "model/text_encoder has no weights of --variant bf16; it has model.safetensors"
+    ),
     "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "--resume_from_checkpoint dog is no checkpoint"),
     "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
     "no prompt": (lambda w: ["--config=c.json"] if (w / "c.json").write_text('{"instance_prompt": 3}') else [], None),
@@ -928,9 +975,32 @@ def test_a_disk_that_refuses_is_answered_in_a_sentence(workplace, model, capsys)
     assert stop.value.code == 2 and "error: [Errno 36] File name too long" in capsys.readouterr().err
 
 
-def test_fsdp_from_accelerates_configuration(make_config, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP is not supported yet"):
+@pytest.mark.parametrize(
+    ("changes", "env", "words"),
+    [
+        ({}, {"FSDP_VERSION": "1"}, "only fsdp_version: 2 is supported"),
+        ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "only fsdp_offload_params: false"),
+        ({}, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "only fsdp_cpu_ram_efficient_loading: false"),
+        ({"lora_dropout": 0.1}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--lora_dropout would be drawn anew"),
+        ({"quantization": "int8"}, {}, "--quantization cannot be sharded by FSDP"),
+        ({"do_fp8_training": True}, {}, "--do_fp8_training cannot be sharded by FSDP"),
+        ({"bnb_quantization_config_path": "nf4.json"}, {}, "--bnb_quantization_config_path cannot be sharded"),
+        ({"use_8bit_adam": True}, {}, "--use_8bit_adam cannot be sharded by FSDP"),
+        ({"optimizer": "prodigy", "use_8bit_adam": True}, {}, "--optimizer prodigy cannot be sharded by FSDP"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(changes, env, words, make_config, monkeypatch):
+    for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | env).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refusal:
+        z.check_inputs(make_config(**changes))
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+def test_other_ways_to_shard_are_refused(name, make_config, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"{name} is not supported; choose multi-GPU or FSDP"):
         z.check_inputs(make_config())
 
 
@@ -941,12 +1011,32 @@ def test_fp16_from_accelerates_configuration(workplace, model):
     assert done.returncode == 2 and "accelerate's configuration: fp16 is refused" in done.stderr
 
 
-def test_a_missing_package_gets_its_pip_line(make_config, monkeypatch):
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.delitem(sys.modules, "prodigyopt", raising=False)
-    sys.path_importer_cache.clear()
-    with pytest.raises(UserError, match="pip install prodigyopt"):
-        z.check_packages(make_config(optimizer="prodigy", learning_rate=1.0))
+@pytest.mark.parametrize(
+    ("package", "changes"),
+    [
+        ("prodigyopt", {"optimizer": "prodigy", "learning_rate": 1.0}),
+        ("bitsandbytes", {"use_8bit_adam": True}),
+        ("bitsandbytes", {"quantization": "nf4"}),
+        ("torchao", {"quantization": "int8"}),
+        ("torchao", {"do_fp8_training": True}),
+        ("wandb", {"report_to": "wandb"}),
+    ],
+)
+def test_a_missing_package_gets_its_pip_line(package, changes, make_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        z.check_packages(make_config(**changes))
+
+
+@pytest.mark.parametrize("missing", [[], ["wandb", "bitsandbytes", "torchao", "prodigyopt"]])
+def test_importing_is_silent_and_needs_no_optional_package(missing):
+    code = f"""import sys
+sys.modules.update(dict.fromkeys({missing!r}))
+import train_dreambooth_lora_z_image
+for name in ("wandb", "prodigyopt"):  # the others are imported by peft where they are installed
+    assert not sys.modules.get(name), name"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_missing_shard_is_named(model, tmp_path):
@@ -954,7 +1044,7 @@ def test_a_missing_shard_is_named(model, tmp_path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "m" / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="text_encoder lacks model-00001-of-00002.safetensors, model-00002"):
-        z.check_components(tmp_path / "m")
+        z.check_components(tmp_path / "m", None)
 
 
 # =====================================================================================================================
@@ -971,7 +1061,7 @@ def encodings_of(cfg, model):
 def test_prompts_are_encoded_as_the_pipeline_does(prompt, model, capsys):
     pipe = ZImagePipeline.from_pretrained(model)
     expected = pipe.encode_prompt(prompt, device=CPU, do_classifier_free_guidance=False)[0][0]
-    encoded = z.encode_prompt(z.load_text_encoder(model, torch.float32, CPU), prompt, 512)
+    encoded = z.encode_prompt(z.load_text_encoder(model, FP32, CPU), prompt, 512)
     assert encoded.shape == expected.shape and torch.allclose(encoded, expected, atol=1e-6)
     assert ("cut off: 'xx" in capsys.readouterr().out) == (prompt == "x" * 900)
 
@@ -985,16 +1075,15 @@ def test_text_encoder_saved_as_a_language_model_loads_too(model, tmp_path):
     language_model.model.load_state_dict(Qwen3Model.from_pretrained(model / "text_encoder").state_dict())
     language_model.save_pretrained(tmp_path / "m" / "text_encoder")
     embeddings = [
-        z.encode_prompt(z.load_text_encoder(folder, torch.float32, CPU), "dog", 512)
-        for folder in (model, tmp_path / "m")
+        z.encode_prompt(z.load_text_encoder(folder, FP32, CPU), "dog", 512) for folder in (model, tmp_path / "m")
     ]
     assert torch.equal(*embeddings)
 
 
 def test_images_are_encoded_to_the_scaled_mode(model):
-    vae = z.load_vae(model, torch.float32, CPU)
+    vae = z.load_vae(model, FP32, CPU)
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
-    latents = z.encode_images(vae, pixels)
+    latents = z.encode_images(vae, pixels, CPU)
     assert latents.shape == (2, 16, 4, 6) and latents.dtype == torch.float32
     with torch.no_grad():
         mean = vae.encode(pixels).latent_dist.mean
@@ -1058,11 +1147,11 @@ def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make
     z.fill_prompts_cache([samples[0].prompt], model, encodings, cfg, accelerator)
     z.fill_latents_cache(samples[:1], model, encodings, cfg, accelerator)
     examples = z.TrainingExamples(samples, encodings, cfg)
-    vae = z.load_vae(model, torch.float32, CPU)
+    vae = z.load_vae(model, FP32, CPU)
     for number in range(12):
         is_flipped = z.draw_augmentation(cfg, number).is_flipped
         pixels = z.load_pixels(samples[0], z.Augmentation(is_flipped, z.CENTRE))
-        assert torch.allclose(examples[z.Draw(number, 0)].image, z.encode_images(vae, pixels[None])[0], atol=1e-5)
+        assert torch.allclose(examples[z.Draw(number, 0)].image, z.encode_images(vae, pixels[None], CPU)[0], atol=1e-5)
     assert len({z.draw_augmentation(cfg, number).is_flipped for number in range(12)}) == 2
     assert len({examples[z.Draw(number, 0)].seed for number in range(12)}) == 12
 
@@ -1182,6 +1271,13 @@ def test_lora_layers(model, capsys):
     }
     assert layers_of(model, "layers.1.attention.to_q") == ["layers.1.attention.to_q"]
     assert set(layers_of(model, "layers.1.attention")) == {f"layers.1.attention.{a}" for a in ATTENTION}
+    assert set(layers_of(model, "layers.0-1.attention")) == {
+        f"layers.{n}.attention.{a}" for n in (0, 1) for a in ATTENTION
+    }
+    assert layers_of(model, "layers.1-1.attention.to_q") == ["layers.1.attention.to_q"]
+    assert layers_of(model, "all_final_layer.2-1.linear") == ["all_final_layer.2-1.linear"]
+    with pytest.raises(UserError, match="no linear layer is called layers.2.attention"):
+        layers_of(model, "layers.0-999999999999.attention")
     aliased = layers_of(model, "ff.net.0.proj, ff.net.2")
     assert set(aliased) == {f"{b}.feed_forward.w{n}" for b in blocks for n in (1, 2, 3)}
     assert "ff.net.0.proj means feed_forward.w1 and feed_forward.w3" in capsys.readouterr().out
@@ -1198,9 +1294,9 @@ def test_unknown_lora_layers_are_refused_before_weights_are_read(model, tmp_path
         layers_of(tmp_path / "m", ",")
 
 
-def with_lora(model, cfg, dtype=torch.float32, b_std=0.0, **options):
+def with_lora(model, cfg, dtype=torch.float32, b_std=0.0):
     """A transformer with a LoRA, whose B matrices are random if `b_std` is given."""
-    transformer = z.load_transformer(Path(model), dtype, **options)
+    transformer = z.load_transformer(Path(model), cfg, dtype, CPU)
     parameters = z.add_lora(transformer, layers_of(model, cfg.lora_layers), cfg, cfg.seed)
     if b_std:
         torch.manual_seed(1)
@@ -1221,8 +1317,8 @@ def test_lora_is_fp32_seeded_and_alone_trainable(model, make_config):
     assert {p.dtype for p in first.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert all(torch.equal(a, b) for a, b in zip(parameters, others))
     assert not torch.equal(parameters[0], with_lora(model, make_config(seed=1))[1][0])
-    line = z.describe_lora(parameters, layers_of(model, make_config().lora_layers), make_config(lora_alpha=2.0))
-    assert "28 layers, rank 4, effective scale alpha / rank = 0.5" in line
+    line = z.describe_lora(first, layers_of(model, make_config().lora_layers), make_config(lora_alpha=2.0))
+    assert "28 layers, rank 4, effective scale alpha / rank = 0.5" in line and "GB of frozen weights" in line
 
 
 def make_batch(size=2, side=4, is_prior=False, length=9):
@@ -1247,7 +1343,7 @@ def test_gradient_checkpointing_gives_equal_gradients(model, make_config):
     cfg = make_config()
     plain, checkpointed = (
         with_lora(model, cfg, b_std=0.1),
-        with_lora(model, cfg, b_std=0.1, gradient_checkpointing=True),
+        with_lora(model, dataclasses.replace(cfg, gradient_checkpointing=True), b_std=0.1),
     )
     assert checkpointed[0].is_gradient_checkpointing and not plain[0].is_gradient_checkpointing
     for a, b in zip(gradients(*plain, cfg, make_batch()), gradients(*checkpointed, cfg, make_batch())):
@@ -1289,7 +1385,7 @@ def test_velocity_and_euler_steps_agree_with_the_pipeline(steps, model):
     pipe = ZImagePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
-    embeddings = z.encode_prompt(z.load_text_encoder(model, torch.float32, CPU), "dog", 512)
+    embeddings = z.encode_prompt(z.load_text_encoder(model, FP32, CPU), "dog", 512)
     options = {"height": 32, "width": 48, "num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "latent"}
     expected = pipe(prompt_embeds=[embeddings], latents=latents.clone(), **options).images
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
@@ -1781,7 +1877,7 @@ def test_class_pictures_are_generated_once_and_only_the_missing(make_config, tmp
 
 def apply_like_a_loader_that_knows_alpha_tensors(model, file):
     """Merge a LoRA as ComfyUI's kind of loader does: scale alpha / rank where an .alpha tensor says so, else 1."""
-    transformer, state = z.load_transformer(Path(model), torch.float32), load_file(file)
+    transformer, state = z.load_transformer(Path(model), FP32, torch.float32, CPU), load_file(file)
     for name in {key.rsplit(".lora_", 1)[0] for key in state}:
         a, b = state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float()
         scale = state[f"{name}.alpha"] / len(a) if f"{name}.alpha" in state else 1
@@ -1799,7 +1895,7 @@ def test_the_file_means_the_same_everywhere(alpha, tolerance, make_config, model
     z.save_artefacts(Accelerator(cpu=True), cfg, live)
     file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     pipe = ZImagePipeline.from_pretrained(model)
-    bare = z.load_transformer(model, torch.float32)
+    bare = z.load_transformer(model, FP32, torch.float32, CPU)
     pipe.load_lora_weights(file.parent)
     others = [pipe.transformer, apply_like_a_loader_that_knows_alpha_tensors(model, file), bare]
     with torch.no_grad():
@@ -1812,9 +1908,9 @@ def test_the_file_means_the_same_everywhere(alpha, tolerance, make_config, model
 def test_the_last_pictures_use_the_weights_as_the_file_holds_them(alpha, make_config, model):
     cfg = make_config(mixed_precision="bf16", lora_alpha=alpha)
     live, _ = with_lora(model, cfg, torch.bfloat16, b_std=0.3)
-    before = {name: tensor.clone() for name, tensor in z.get_peft_model_state_dict(live).items()}
+    before = {name: tensor.clone() for name, tensor in z.lora_tensors(live).items()}
     file = load_file(z.save_artefacts(Accelerator(cpu=True), cfg, live))
-    after = z.get_peft_model_state_dict(live)
+    after = z.lora_tensors(live)
     assert any(not torch.equal(before[name], after[name]) for name in before), "rounding to bf16 must show"
     for name, tensor in z.export_lora(after, cfg.lora_scale, torch.float32).items():
         assert torch.allclose(tensor, file[name].float(), rtol=1e-6)
@@ -1948,7 +2044,7 @@ def lora_of(cfg):
     """Names and shapes of the LoRA, and its dropout."""
     transformer, _ = with_lora(Path(cfg.pretrained_model_name_or_path), cfg)
     dropout = [module.p for module in transformer.modules() if isinstance(module, nn.Dropout)]
-    return {name: tensor.shape for name, tensor in z.get_peft_model_state_dict(transformer).items()}, set(dropout)
+    return {name: tensor.shape for name, tensor in z.lora_tensors(transformer).items()}, set(dropout)
 
 
 def trained(cfg):
@@ -1971,7 +2067,7 @@ def latents_of(cfg):
 
 def prompt_length(cfg):
     """Tokens of a long prompt."""
-    encoder = z.load_text_encoder(Path(cfg.pretrained_model_name_or_path), torch.float32, CPU)
+    encoder = z.load_text_encoder(Path(cfg.pretrained_model_name_or_path), FP32, CPU)
     return len(z.encode_prompt(encoder, "word " * 60, cfg.max_sequence_length))
 
 
@@ -1986,7 +2082,6 @@ PRIOR = {
     "class_prompt": "dog",
     "num_class_images": 2,
 }
-PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
 SEEN = {"validation_prompt": ("a",)}
 COURSE = {"max_train_steps": 20, "lr_warmup_steps": 2}
 
