@@ -4,19 +4,25 @@ Run everything with `python -m pytest`; `-m benchmark` runs the measurements of 
 """
 
 import ast
+import base64
 import collections
+import contextlib
 import dataclasses
+import http.server
 import itertools
 import json
 import math
 import os
 import pickle
+import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -254,12 +260,20 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 BY_CI = [text for kind, text in BLOCKS if kind == "bash" and text.startswith("pip install")]
 COMMANDS = [text for kind, text in BLOCKS if kind == "bash" and not text.startswith("pip install")]
 SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+JSONS = [text for kind, text in BLOCKS if kind == "json"]
+FSDP_YAML = next(text for kind, text in BLOCKS if kind == "yaml")
 SMALL = "--resolution=32 --max_train_steps=2 --num_inference_steps=2 --num_validation_images=1"
 
 
 def test_readme_blocks_are_known():
-    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text"}
-    assert len(BY_CI) == 2 and len(COMMANDS) == 4 and len(SNIPPETS) == 2
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text", "json", "yaml"}
+    assert (len(BY_CI), len(COMMANDS), len(SNIPPETS), len(JSONS)) == (2, 7, 3, 2)
+
+
+def block_with(words, blocks=COMMANDS):
+    """The one block of the README that holds some words."""
+    (block,) = [text for text in blocks if words in text]
+    return block
 
 
 def test_ci_runs_the_two_commands_of_the_readme():
@@ -279,7 +293,62 @@ def workplace(tmp_path, model):
     return tmp_path
 
 
-def run_block(text, workplace, model, more=""):
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A stand-in for the hub's HTTP API: takes repositories and uploads, and remembers them in its server."""
+
+    def log_message(self, *_):
+        """Be quiet."""
+
+    def reply(self, content, status=200):
+        """Answer in JSON."""
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer(self):
+        """Play the part of the API that an upload needs."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        name, place = self.path.split("?")[0], f"http://127.0.0.1:{self.server.server_port}"
+        self.server.requests.append((self.command, name, self.headers.get("Authorization"), body))
+        if self.server.is_broken and "/preupload/" in name:
+            self.reply({"error": "no space left for you"}, 403)
+        elif name == "/api/repos/create":
+            wanted = json.loads(body)
+            full = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            self.reply({"url": f"{place}/{full}", "id": full})
+        elif "/preupload/" in name:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            self.reply({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]})
+        elif "/commit/" in name:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.reply({"commitUrl": f"{place}/me/x/commit/abc", "commitOid": "a" * 40, "success": True})
+        else:
+            self.reply({"errors": [], "warnings": [], "id": "x", "sha": "b" * 40, "siblings": []})
+
+    do_GET = do_POST = do_PUT = do_HEAD = answer
+
+
+@pytest.fixture
+def hub():
+    """A running stand-in for the hub; `env` points a process to it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.requests, server.files, server.is_broken = [], {}, False
+    address = f"http://127.0.0.1:{server.server_port}"
+    server.env = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_of_the_user", "HF_HUB_DISABLE_XET": "1"}
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run_block(text, workplace, model, more="", env=None):
     """Run a fenced command with nothing changed but the model, the sizes and the number of steps."""
     text = text.replace("Tongyi-MAI/Z-Image", str(model)).rstrip()
     text = re.sub(r"--max_train_steps=(\d+)", lambda m: f"--max_train_steps={2 * int(m[1]) // 500}", text)
@@ -288,38 +357,54 @@ def run_block(text, workplace, model, more=""):
     text = text.replace("--num_class_images=100", "--num_class_images=3")
     env = {
         **os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HOME": str(workplace / "hf"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **(env or {}),
     }  # fmt: skip
     return subprocess.run(
         ["bash", "-c", f"set -e\n{text} {more}"], cwd=workplace, env=env, capture_output=True, text=True, timeout=600
     )
 
 
-def test_readme_main_command_then_resume_then_inference(workplace, model):
+FEW = "--num_inference_steps=2 --num_validation_images=1 --rank=2"
+
+
+def test_readme_main_command_then_resume_then_inference(workplace, model, hub):
     """The main command, the one that continues from its config.json, and inference with the result."""
-    more = "--num_inference_steps=2 --num_validation_images=1 --rank=2"
-    done = run_block(COMMANDS[0], workplace, model, more)
+    done = run_block(block_with('OUTPUT_DIR="trained-z-image-lora"'), workplace, model, FEW, hub.env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "constant has no warm-up" in done.stdout and "constant_with_warmup" in done.stdout
+    assert "AdamW in fp32 costs only 240 MB more" in done.stdout
     output = workplace / "trained-z-image-lora"
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((output / "config.json").read_text())["guidance_scale"] == 5.0
     assert list((output / "logs").rglob("*.wandb")), "the tracker wrote nothing"
     assert {path.name for path in (output / "validation").iterdir()} == {"step-000000", "step-000002"}
+    assert hub.files["pytorch_lora_weights.safetensors"] == (output / "pytorch_lora_weights.safetensors").read_bytes()
 
-    done = run_block(COMMANDS[3], workplace, model)
+    done = run_block(block_with("--config"), workplace, model, "--push_to_hub=false")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing from trained-z-image-lora/checkpoint-2, after step 2" in done.stdout
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()] == [1, 2, 3, 4]
 
-    snippet = SNIPPETS[0].replace("Tongyi-MAI/Z-Image", str(model)).replace('"cuda"', '"cpu"').replace("1024", "32")
+    snippet = block_with("load_lora_weights", SNIPPETS).replace("Tongyi-MAI/Z-Image", str(model))
+    snippet = snippet.replace('"cuda"', '"cpu"').replace("1024", "32")
     snippet = snippet.replace("steps=50", "steps=2").replace("trained-z-image-lora", str(output))
     exec(snippet.replace("output.png", str(workplace / "output.png")), {})
     assert Image.open(workplace / "output.png").size == (32, 32)
 
 
+@pytest.mark.parametrize("name", ["fp8", "prodigy"])
+def test_readme_variants_of_the_main_command(name, workplace, model, hub):
+    done = run_block(block_with(f"trained-z-image-lora-{name}"), workplace, model, FEW, hub.env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = workplace / f"trained-z-image-lora-{name}"
+    settings = json.loads((output / "config.json").read_text())
+    assert (settings["do_fp8_training"], settings["optimizer"] == "prodigy") == (name == "fp8", name == "prodigy")
+    assert settings["mixed_precision"] == "bf16" and "pytorch_lora_weights.safetensors" in hub.files
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_readme_buckets_and_bilingual_prompts(workplace, model):
-    done = run_block(COMMANDS[1], workplace, model, SMALL)
+    done = run_block(block_with("--aspect_ratio_buckets"), workplace, model, SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"128 x 128 +2 ", done.stdout), "the two square pictures belong to the square bucket"
     sheet = Image.open(workplace / "trained-z-image-lora-buckets" / "validation" / "step-000002" / "sheet.png")
@@ -327,7 +412,7 @@ def test_readme_buckets_and_bilingual_prompts(workplace, model):
 
 
 def test_readme_prior_preservation(workplace, model):
-    done = run_block(COMMANDS[2], workplace, model, SMALL)
+    done = run_block(block_with("--with_prior_preservation"), workplace, model, SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in (workplace / "dogs").iterdir()) == [f"class-0000{n}.png" for n in range(3)]
     assert "generating class pictures" in done.stderr
@@ -335,7 +420,7 @@ def test_readme_prior_preservation(workplace, model):
 
 def test_readme_notebook_snippet(workplace, model, monkeypatch):
     monkeypatch.chdir(workplace)
-    snippet = SNIPPETS[1].replace("Tongyi-MAI/Z-Image", str(model))
+    snippet = block_with("dataclasses.replace", SNIPPETS).replace("Tongyi-MAI/Z-Image", str(model))
     snippet = snippet.replace("max_train_steps=500", "max_train_steps=1, resolution=32, cache_dir='cache'")
     exec(snippet, {})
     shapes = [load_file(f"trained-z-image-lora-rank-{rank}/pytorch_lora_weights.safetensors") for rank in (16, 32)]
@@ -343,16 +428,88 @@ def test_readme_notebook_snippet(workplace, model, monkeypatch):
 
 
 def test_pasted_into_a_notebook_cell(workplace, model):
-    """A real Jupyter kernel: the file in one cell, a run in the next."""
+    """A real Jupyter kernel: accelerate configured, the file in one cell, runs in the next two."""
     import nbclient
     import nbformat
 
-    run = f"""main(parse_config(["--pretrained_model_name_or_path", {str(model)!r}, "--instance_data_dir", "dog",
-        "--instance_prompt", "a sks dog", "--cache_dir", "cache", "--output_dir", "out", *{SMALL.split()}]))"""
-    cells = [nbformat.v4.new_code_cell(source) for source in (SCRIPT.read_text(encoding="utf-8"), run)]
-    notebook = nbformat.v4.new_notebook(cells=cells)
+    configure = """import os, pathlib
+os.environ["HF_HOME"] = str(pathlib.Path("hf").resolve())
+""" + block_with("write_basic_config", SNIPPETS)
+    run = f"""cfg = parse_config(["--pretrained_model_name_or_path", {str(model)!r}, "--instance_data_dir", "dog",
+        "--instance_prompt", "a sks dog", "--cache_dir", "cache", "--output_dir", "out", *{SMALL.split()}])
+main(cfg)"""
+    launch = """from accelerate import notebook_launcher
+notebook_launcher(main, (dataclasses.replace(cfg, output_dir="launched"),), num_processes=1)"""
+    sources = (configure, SCRIPT.read_text(encoding="utf-8"), run, launch)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(workplace)}}).execute()
-    assert (workplace / "out" / "pytorch_lora_weights.safetensors").is_file()
+    files = [workplace / name / "pytorch_lora_weights.safetensors" for name in ("out", "launched")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert (workplace / "hf" / "accelerate" / "default_config.yaml").is_file()
+
+
+def press_enter_until_it_ends(command, env):
+    """Run a program in a terminal of its own, taking every default it offers; returns its exit status."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(command[0], command, env)
+    with contextlib.suppress(OSError):  # how Linux says that the other side has closed
+        while True:
+            is_speaking = select.select([terminal], [], [], 0.3)[0]
+            if not is_speaking:
+                os.write(terminal, b"\r")
+            elif not os.read(terminal, 4096):
+                break
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("how", ["accelerate config", "accelerate config default", "write_basic_config()"])
+def test_every_way_to_configure_accelerate_runs(how, workplace, model):
+    env = {**os.environ, "HF_HOME": str(workplace / "hf"), "COLUMNS": "200"}
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    if how == "accelerate config":
+        assert press_enter_until_it_ends([accelerate, "config"], env) == 0
+    elif how == "accelerate config default":
+        subprocess.run([accelerate, "config", "default"], env=env, check=True, capture_output=True)
+    else:
+        snippet = block_with("write_basic_config", SNIPPETS)
+        subprocess.run([sys.executable, "-c", snippet], env=env, check=True, capture_output=True)
+    assert (workplace / "hf" / "accelerate" / "default_config.yaml").is_file()
+    done = run_block(block_with("my-first-lora"), workplace, model, f"{FEW} --resolution=32 --max_train_steps=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (workplace / "my-first-lora" / "README.md").is_file()
+
+
+def flag_tables():
+    """The README's reference of all flags, from the flags themselves."""
+    lines = []
+    for group in Config.__bases__:
+        lines += [f"### {group.__doc__}", "", "| flag | default | what it does |", "|---|---|---|"]
+        for field in dataclasses.fields(group):
+            default = "" if field.default in (None, "") else str(field.default).lower()
+            names = ", ".join(f"`{name}`" for name in (f"--{field.name}", *field.metadata["aliases"]))
+            lines.append(f"| {names} | {default} | {field.metadata['help'].replace('|', '/')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def test_readme_lists_every_flag(tmp_path):
+    assert flag_tables() in README
+    shown = run_script("--help", without_torch=True, tmp_path=tmp_path).stdout
+    in_help = {name for line in re.findall(r"^  (--.*?)(?:   |$)", shown, re.M) for name in re.findall(r"--\w+", line)}
+    in_readme = {
+        name for row in re.findall(r"^\| (`--.*?) \|", flag_tables(), re.M) for name in re.findall(r"--\w+", row)
+    }
+    assert in_help - in_readme == {"--config"} and in_readme <= in_help
+
+
+def test_readme_tells_of_every_default_that_differs():
+    section = README[README.index("## Coming from diffusers' script") : README.index("## All flags")]
+    mine = {field.name: field.default for field in dataclasses.fields(Config)}
+    differing = [name for name, value in ANCESTOR.items() if str(mine[name]).lower() != str(value).lower()]
+    assert [name for name in differing if f"`--{name}`" not in section] == []
+    rows = re.findall(r"^\| `--(\w+)` \|", section, re.M)
+    assert set(rows) <= set(differing) and len(rows) == len(set(rows)) > 10
 
 
 # =====================================================================================================================
@@ -1348,6 +1505,228 @@ def test_gradient_checkpointing_gives_equal_gradients(model, make_config):
     assert checkpointed[0].is_gradient_checkpointing and not plain[0].is_gradient_checkpointing
     for a, b in zip(gradients(*plain, cfg, make_batch()), gradients(*checkpointed, cfg, make_batch())):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+# =====================================================================================================================
+# Quantised weights
+# =====================================================================================================================
+
+STORAGES = {  # settings, and the most that the blocks' linear layers may take of what they take in bf16
+    "fp8": ({"quantization": "fp8"}, 0.56),
+    "int8": ({"quantization": "int8"}, 0.56),
+    "nf4": ({"quantization": "nf4"}, 0.3),
+    "fp8 training": ({"do_fp8_training": True}, 0.56),
+}
+
+
+def frozen_layers(transformer):
+    """The quantised layers by name."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, z.FrozenLinear)}
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_linear_layers_of_the_blocks_are_stored_small(name, model, make_config):
+    changes, share = STORAGES[name]
+    small = z.load_transformer(model, make_config(**changes), torch.bfloat16, CPU)
+    plain = dict(z.load_transformer(model, FP32, torch.bfloat16, CPU).named_parameters())
+    layers, inside = frozen_layers(small), re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\..*")
+    linear = [n for n, p in plain.items() if n.endswith("weight") and p.dim() == 2 and inside.fullmatch(n)]
+    assert sorted(f"{n}.weight" for n in layers) == sorted(linear)
+    stored = sum(p.numel() * p.element_size() for m in layers.values() for p in (m.weight, m.scale))
+    assert stored <= share * sum(2 * plain[n].numel() for n in linear)
+    assert not any(p.requires_grad or p.is_meta for p in small.parameters()) and small.dtype == torch.bfloat16
+    for n, parameter in small.named_parameters():
+        if n in plain and n not in linear:
+            assert torch.equal(parameter, plain[n]), n
+    for n, layer in layers.items():
+        weight = z.restore(layer.weight, layer.scale, layer.form)
+        error = (weight.float() - plain[f"{n}.weight"].float()).abs().mean() / plain[
+            f"{n}.weight"
+        ].float().abs().mean()
+        assert error < {"int8": 0.01, "nf4": 0.12}.get(name, 0.04) and weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_gradients_of_quantised_layers(name, model, make_config):
+    """Exact for stored weights, up to fp8's rounding for fp8 products; with checkpointing the same."""
+    changes, _ = STORAGES[name]
+    layer = frozen_layers(z.load_transformer(model, make_config(**changes), torch.float32, CPU))[
+        "layers.0.attention.to_q"
+    ]
+    weight = z.restore(layer.weight, layer.scale, layer.form)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    product = layer(x)
+    product.backward(torch.cos(product.detach()), retain_graph=True)
+    expected = x.detach() @ weight.T
+    distance = lambda a, b: ((a - b).norm() / b.norm()).item()  # noqa: E731
+    tolerance = 0.06 if name == "fp8 training" else 1e-6
+    assert distance(product, expected) < tolerance
+    assert distance(x.grad, torch.cos(product.detach()) @ weight) < tolerance
+    cfgs = [make_config(**changes, gradient_checkpointing=is_on) for is_on in (False, True)]
+    found = [gradients(*with_lora(model, cfg, b_std=0.1), cfg, make_batch()) for cfg in cfgs]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found))
+
+
+def test_fp8_training_multiplies_in_fp8_where_the_hardware_can(model, make_config, monkeypatch):
+    multiplied = []
+    product = z.multiply_fp8
+    monkeypatch.setattr(z, "multiply_fp8", lambda *args: multiplied.append(args[0].dtype) or product(*args))
+    layers = frozen_layers(z.load_transformer(model, make_config(do_fp8_training=True), torch.bfloat16, CPU))
+    for name, layer in layers.items():
+        multiplied.clear()
+        x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+        layer(x).sum().backward()
+        fits = layer.in_features % 16 == layer.out_features % 16 == 0
+        assert multiplied == [torch.float8_e4m3fn] * (2 if fits else 0), name
+    assert {layer.out_features % 16 for layer in layers.values()} != {0}, "the tiny model has both kinds"
+
+
+def saved_bytes(transformer, cfg):
+    """Bytes that one forward pass keeps for the backward pass, beside the parameters."""
+    kept = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        z.training_loss(transformer.train(), make_batch(), cfg, 1.0)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_the_backward_pass_keeps_no_more_than_in_bf16(name, model, make_config):
+    cfg = make_config()
+    plain = saved_bytes(with_lora(model, cfg, torch.bfloat16)[0], cfg)
+    small = make_config(**STORAGES[name][0])
+    assert 0 < saved_bytes(with_lora(model, small, torch.bfloat16)[0], small) <= plain
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_the_model_never_exists_whole_in_its_own_precision(name, model, make_config, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    compress = z.compress
+
+    def watched(weight, storage):
+        alive.add(weight)
+        most.append(len(alive))
+        return compress(weight, storage)
+
+    monkeypatch.setattr(z, "compress", watched)
+    z.load_transformer(model, make_config(**STORAGES[name][0]), torch.bfloat16, CPU)
+    assert len(most) > 20 and max(most) == 1
+
+
+def test_a_quantised_model_is_read_from_shards_and_its_gaps_are_named(model, make_config, tmp_path):
+    from diffusers import ZImageTransformer2DModel
+
+    whole = z.load_transformer(model, make_config(quantization="int8"), torch.bfloat16, CPU)
+    shutil.copytree(model, tmp_path / "m")
+    folder = tmp_path / "m" / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    ZImageTransformer2DModel.from_pretrained(model / "transformer").save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    sharded = z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters()))
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(UserError, match="transformer has no weights for .*; download it again"):
+        z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
+
+
+def test_quantised_runs_lose_nothing(make_config, tmp_path):
+    """After 20 steps the loss is within 3 % of that in bf16."""
+    ends = {}
+    for name, (changes, _) in {"bf16": ({}, 1), **STORAGES}.items():
+        cfg = make_config(
+            output_dir=str(tmp_path / name), max_train_steps=20, mixed_precision="bf16", train_batch_size=2, **changes
+        )
+        run(cfg)
+        ends[name] = losses_of(cfg)[-1]
+    assert {name: end for name, end in ends.items() if abs(end / ends["bf16"] - 1) > 0.03} == {}
+    assert len(set(ends.values())) == len(ends), "each one is another computation"
+
+
+def test_fp8_training_is_refused_below_compute_capability_8_9(model, make_config, monkeypatch):
+    cuda = torch.device("cuda")
+    for capability, is_refused in (((8, 6), True), ((8, 9), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        refusal = pytest.raises(UserError, match="--do_fp8_training needs a GPU of compute capability 8.9")
+        with refusal if is_refused else contextlib.nullcontext():
+            z.check_hardware(make_config(do_fp8_training=True), model, cuda)
+        z.check_hardware(make_config(quantization="fp8"), model, cuda)
+
+
+@pytest.fixture
+def bitsandbytes_on_cpu(monkeypatch):
+    """Lift the gate by which diffusers refuses bitsandbytes without a GPU; bitsandbytes itself works on a CPU."""
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *_, **__: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, _: {"": "cpu"})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_the_readmes_bitsandbytes_files(bits, precision, model, make_config, tmp_path, bitsandbytes_on_cpu):
+    import bitsandbytes
+
+    file = tmp_path / "bnb.json"
+    file.write_text(block_with(f"load_in_{bits}bit", JSONS))
+    cfg = make_config(bnb_quantization_config_path=str(file), mixed_precision=precision)
+    dtype = z.DTYPES[precision]
+    layer = z.load_transformer(model, cfg, dtype, CPU).layers[0].attention.to_q
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt)
+    assert bits == 8 or (layer.compute_dtype == dtype and layer.weight.quant_state.nested)
+    run(cfg)
+    run(dataclasses.replace(cfg, output_dir=str(tmp_path / "plain"), bnb_quantization_config_path=None))
+    assert losses_of(cfg)[-1] == pytest.approx(
+        losses_of(dataclasses.replace(cfg, output_dir=str(tmp_path / "plain")))[-1], rel=0.03
+    )
+
+
+def test_bitsandbytes_without_a_gpu_gets_a_sentence(make_config, model, tmp_path):
+    (tmp_path / "bnb.json").write_text(JSONS[0])
+    with pytest.raises(UserError, match="--bnb_quantization_config_path: No GPU found.*--quantization nf4 or int8"):
+        z.check_hardware(make_config(bnb_quantization_config_path=str(tmp_path / "bnb.json")), model, CPU)
+
+
+def test_8_bit_adam_that_cannot_step_gets_a_sentence(make_config, model, monkeypatch):
+    import bitsandbytes
+
+    def fail(*_):
+        raise NotImplementedError("no kernel")
+
+    cfg = make_config(use_8bit_adam=True)
+    z.check_hardware(cfg, model, CPU)
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", fail)
+    with pytest.raises(
+        UserError, match="--use_8bit_adam: bitsandbytes cannot do it on this machine: no kernel; leave"
+    ):
+        z.check_hardware(cfg, model, CPU)
+    z.check_hardware(make_config(**PRODIGY, use_8bit_adam=True), model, CPU)
+
+
+def test_8_bit_adam_keeps_its_state_in_8_bits(make_config):
+    parameter = nn.Parameter(torch.ones(64, 64))
+    optimizer = z.make_optimizer([parameter], make_config(use_8bit_adam=True))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.state[parameter]["state1"].dtype == torch.uint8
+
+
+def test_attention_backends(make_config, model):
+    for cfg in (make_config(attention_backend="_native_math"), make_config(enable_npu_flash_attention=True)):
+        name = "_native_math" if cfg.attention_backend else "_native_npu"
+        assert cfg.attention == name
+    transformer = z.load_transformer(model, make_config(attention_backend="_native_math"), torch.float32, CPU)
+    backends = {m.processor._attention_backend.value for m in transformer.modules() if hasattr(m, "processor")}
+    assert backends == {"_native_math"}
+    with pytest.raises(UserError, match="--attention_backend fast: `backend='fast'` must be one of the following"):
+        z.check_hardware(make_config(attention_backend="fast"), model, CPU)
 
 
 # =====================================================================================================================

@@ -95,7 +95,7 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"{what}: {reason}{remedy and '; '}{remedy}") from error
 
 
