@@ -1380,13 +1380,15 @@ def test_equal_tensors_give_equal_files(tmp_path):
 
 
 def test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise(workplace, model):
-    """A hub checkpoint as snapshot_download leaves it below --cache_dir; another name has no network here."""
+    """Hub checkpoints as snapshot_download leaves them below --cache_dir; another name has no network here."""
     repository = workplace / "cache" / "models--org--tiny"
-    shutil.copytree(model, repository / "snapshots" / "abc")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
+    (repository / "refs").mkdir(parents=True)
+    for branch in ("main", "newer"):
+        shutil.copytree(model, repository / "snapshots" / f"of-{branch}")
+        (repository / "refs" / branch).write_text(f"of-{branch}")
     run = """import sys; from train_dreambooth_lora_z_image import *
 cfg = parse_config(sys.argv[1:]); print(find_model(cfg, make_accelerator(cfg)))
+print(find_model(dataclasses.replace(cfg, revision="newer"), make_accelerator(cfg)))
 run_or_exit(main, dataclasses.replace(cfg, pretrained_model_name_or_path="org/gone"))"""
     flags = [
         "--pretrained_model_name_or_path=org/tiny",
@@ -1396,11 +1398,125 @@ run_or_exit(main, dataclasses.replace(cfg, pretrained_model_name_or_path="org/go
     ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", run, *flags], cwd=workplace, env=env, capture_output=True, text=True)
-    assert done.stdout.strip().splitlines()[0].endswith(os.path.join("models--org--tiny", "snapshots", "abc"))
-    assert (
-        done.returncode == 2
-        and "--pretrained_model_name_or_path org/gone is no folder here and cannot be" in done.stderr
+    assert [Path(line).name for line in done.stdout.splitlines()[:2]] == ["of-main", "of-newer"], done.stderr
+    assert done.returncode == 2
+    assert "--pretrained_model_name_or_path org/gone is no folder here and cannot be" in done.stderr
+
+
+def test_variant(model, make_config, tmp_path, capsys):
+    """Weights in files named after a variant are read, others of the folder are not; plain ones do not mix in."""
+    shutil.copytree(model, tmp_path / "m")
+    for component in ("text_encoder", "vae", "transformer"):
+        (weights,) = (tmp_path / "m" / component).glob("*.safetensors")
+        other = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+        save_file(other, weights.with_name(f"{weights.stem}.other.safetensors"), {"format": "pt"})
+    results = {}
+    for name, changes in {
+        "plain": {},
+        "other": {"variant": "other"},
+        "small": {"quantization": "int8", "variant": "other"},
+    }.items():
+        cfg = make_config(
+            pretrained_model_name_or_path=str(tmp_path / "m"), output_dir=str(tmp_path / name), max_train_steps=1,
+            cache_dir=str(tmp_path / f"cache of {name}"), **changes,
+        )  # fmt: skip
+        run(cfg)
+        results[name] = losses_of(cfg)[0]
+    run(make_config(output_dir=str(tmp_path / "original"), max_train_steps=1))
+    original = losses_of(make_config(output_dir=str(tmp_path / "original")))[0]
+    assert results["plain"] == original != results["other"]
+    assert results["small"] != results["other"] and results["small"] == pytest.approx(results["other"], rel=0.01)
+    names = [
+        "m.safetensors",
+        "m-00001-of-00002.safetensors",
+        "m.bf16.safetensors",
+        "m.bf16-00001-of-00002.safetensors",
+    ]
+    for name in [*names, "m-00001-of-00002.bf16.safetensors"]:
+        (tmp_path / "files" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(b"")
+    assert [path.name for path in z.weight_files(tmp_path / "files", None)] == sorted(names[:2])
+    assert len(z.weight_files(tmp_path / "files", "bf16")) == 3
+
+
+def test_workers_load_what_the_main_process_would(make_config, tmp_path):
+    changes = {"cache_latents": False, "random_flip": True, "max_train_steps": 3}
+    alone = make_config(**changes, output_dir=str(tmp_path / "alone"))
+    helped = make_config(**changes, output_dir=str(tmp_path / "helped"), dataloader_num_workers=2)
+    started = []
+    loader = torch.utils.data.DataLoader.__iter__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.utils.data.DataLoader, "__iter__", lambda self: started.append(self.num_workers) or loader(self)
+        )
+        run(alone)
+        run(helped)
+    assert started == [0, 2] and lora_bytes(alone) == lora_bytes(helped)
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """A policy of fake devices: encoders note where they are moved and when they work; "cpu:0" is the GPU."""
+    from diffusers import AutoencoderKL
+    from transformers import Qwen3Model
+
+    seen, place, alive = [], {}, weakref.WeakSet()
+    monkeypatch.setattr(Accelerator, "device", torch.device("cpu", 0))
+
+    def watch(kind, method, what):
+        work = getattr(kind, method)
+
+        def watched(self, *args, **options):
+            if what == "moves":
+                place[id(self)] = str(args[0])
+                alive.add(self)
+            seen.append((what, place[id(self)]))
+            return work(self, *args, **options)
+
+        monkeypatch.setattr(kind, method, watched)
+
+    for kind in (AutoencoderKL, Qwen3Model):
+        watch(kind, "to", "moves")
+    watch(AutoencoderKL, "encode", "encodes")
+    watch(AutoencoderKL, "decode", "decodes")
+    watch(Qwen3Model, "forward", "reads")
+    load, loss = z.load_transformer, z.training_loss
+
+    def where():
+        return sorted((type(module).__name__, place[id(module)]) for module in alive)
+
+    monkeypatch.setattr(
+        z, "load_transformer", lambda *args: seen.append(("transformer comes", where())) or load(*args)
     )
+    monkeypatch.setattr(z, "training_loss", lambda *args: seen.append(("trains", where())) or loss(*args))
+    return seen
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_offloaded_encoders_visit_the_device_only_to_work(is_cached, places, make_config, tmp_path):
+    cfg = make_config(
+        offload=True, cache_latents=is_cached, cache_dir=str(tmp_path / "cache"), validation_prompt=("a",),
+        max_train_steps=1,
+    )  # fmt: skip
+    run(cfg)
+    kinds = [kind for kind, _ in places]
+    assert {"reads", "encodes", "decodes"} < set(kinds)
+    assert {where for kind, where in places if kind in ("reads", "encodes")} == {"cpu:0"}
+    for index in (
+        index for index, kind in enumerate(kinds) if kind == "decodes"
+    ):  # where the latents are: a real "cpu"
+        assert kinds[index - 1] == "moves" and places[index + 1] == ("moves", "cpu")
+    assert [where for kind, where in places if kind == "transformer comes"] == [[]], "both encoders are gone by then"
+    (training,) = [where for kind, where in places if kind == "trains"]
+    assert training == ([] if is_cached else [("AutoencoderKL", "cpu")])
+
+
+def test_without_offloading_the_vae_stays_on_the_device(places, make_config, model):
+    vae = z.load_vae(model, make_config(), Accelerator.device)
+    assert z.home(make_config(), Accelerator.device) == Accelerator.device
+    assert z.home(make_config(offload=True), Accelerator.device) == CPU
+    z.encode_images(vae, torch.zeros(1, 3, 32, 32), Accelerator.device)
+    assert places[0] == ("moves", "cpu:0") and ("encodes", "cpu:0") in places
 
 
 # =====================================================================================================================
@@ -1914,6 +2030,7 @@ EXACT = {
     "dropout": {"lora_dropout": 0.3},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
     "bf16": {"mixed_precision": "bf16", "lora_alpha": 3.0},
+    "8-bit Adam, 8-bit weights": {"use_8bit_adam": True, "rank": 64, "quantization": "int8"},
 }
 
 
@@ -2115,29 +2232,55 @@ def test_metrics_have_one_line_per_optimizer_step(make_config, tmp_path):
     assert [row["epoch"] for row in rows] == [0.8, 1.6, 2.4] and rows[0]["lr"] == 1e-2
 
 
-@pytest.fixture
-def two_processes(tmp_path):
-    """Run main in two gloo processes, each of its configs in turn."""
+WORKER = """import json, os, runpy, sys, torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
-    def launch(*configs):
-        file = tmp_path / "configs.json"
-        file.write_text(json.dumps([dataclasses.asdict(cfg) for cfg in configs]))
-        code = """import json, sys
-from train_dreambooth_lora_z_image import Config, main
-from accelerate.state import AcceleratorState
-for settings in json.load(open(sys.argv[1])):
-    main(Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}))
+bnb_quantizer.BnB4BitDiffusersQuantizer.validate_environment = lambda self, *_, **__: None
+bnb_quantizer.BnB4BitDiffusersQuantizer.update_device_map = lambda self, _: {"": "cpu"}
+
+def report(self, *args, prepare=Accelerator.prepare):
+    prepared = prepare(self, *args)
+    local = [getattr(p, "to_local", lambda p=p: p)() for p in prepared[0].parameters()]
+    print("bytes of this rank:", sum(tensor.numel() * tensor.element_size() for tensor in local), flush=True)
+    return prepared
+
+Accelerator.prepare = report
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate shards on accelerators only
+    PartialState._prepare_backend = lambda self, cpu, sagemaker, backend=None: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+if sys.argv[1].endswith(".py"):
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    from train_dreambooth_lora_z_image import Config, main
+    for settings, env in json.load(open(sys.argv[1])):
+        os.environ.update(env)
+        AcceleratorState._reset_state()
+        torch._dynamo.reset()
+        main(Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}))
 """
-        (tmp_path / "two.py").write_text(code)
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(tmp_path / "two.py"), str(file)]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-
-    return launch
 
 
-def test_two_processes_follow_the_curve_of_one(make_config, two_processes, tmp_path):
+def launch(tmp_path, *arguments, **env):
+    """Run the worker in two gloo processes."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | env
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(tmp_path / "worker.py"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+def launch_configs(tmp_path, configs, envs=None, **env):
+    """Run main in two gloo processes, for each config in turn, each with environment variables of its own."""
+    file = tmp_path / "configs.json"
+    file.write_text(json.dumps(list(zip(map(dataclasses.asdict, configs), envs or [{}] * len(configs)))))
+    return launch(tmp_path, str(file), **env)
+
+
+def test_two_processes_follow_the_curve_of_one(make_config, tmp_path):
     """2 x batch 2 = 1 x batch 4, in three buckets, class pictures generated in shares, pictures drawn in shares."""
     for number, size in enumerate([(96, 48), (48, 96), (90, 90), (60, 60)]):
         draw(tmp_path / "shapes" / f"{number}.png", size, (40 * number, 90, 20))
@@ -2154,7 +2297,7 @@ def test_two_processes_follow_the_curve_of_one(make_config, two_processes, tmp_p
     two = make_config(
         **common, train_batch_size=2, output_dir=str(tmp_path / "two"), class_data_dir=str(tmp_path / "c2")
     )
-    done = two_processes(dataclasses.replace(two))
+    done = launch_configs(tmp_path, [two], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("examples = ") == 1, "the second process must be quiet"
     run(one)
@@ -2163,6 +2306,162 @@ def test_two_processes_follow_the_curve_of_one(make_config, two_processes, tmp_p
         assert (tmp_path / "c1" / name).read_bytes() == (tmp_path / "c2" / name).read_bytes()
     sheets = [Image.open(tmp_path / name / "validation" / "step-000000" / "sheet.png") for name in ("one", "two")]
     assert sheets[0].tobytes() == sheets[1].tobytes()
+
+
+def accelerate_launch(workplace, settings, *flags, env=None):
+    """Run the script by `accelerate launch` with a configuration, two processes where it is FSDP's."""
+    (workplace / "accelerate.yaml").write_text(settings)
+    (workplace / "worker.py").write_text(WORKER)
+    launcher = Path(sys.executable).with_name("accelerate")
+    command = [str(launcher), "launch", "--config_file=accelerate.yaml"]
+    command += ["--num_processes=2", "worker.py"] if "FSDP" in settings else ["--num_processes=1", "--cpu"]
+    command += [str(SCRIPT), *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(workplace / "hf")} | (env or {})
+    return subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True, timeout=900)
+
+
+def test_fsdp_as_the_readme_says(make_config, model, workplace):
+    """The README's YAML: shards, one process's losses and LoRA, checkpoint, resume, validation."""
+    common = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p"]
+    common += ["--mixed_precision=no", "--resolution=32", "--cache_latents", "--num_inference_steps=2", "--rank=4"]
+    common += ["--num_validation_images=3", "--validation_steps=2", "--checkpointing_steps=2", "--validation_prompt=a"]
+    common += ["--gradient_checkpointing", "--learning_rate=1e-2", "--gradient_accumulation_steps=2"]
+    half, whole = (
+        [*common, "--output_dir=two", "--max_train_steps=2"],
+        [*common, "--output_dir=two", "--max_train_steps=4"],
+    )
+    first = accelerate_launch(workplace, FSDP_YAML, *half)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "FSDP's own activation checkpointing is used instead" in first.stdout
+    rest = accelerate_launch(workplace, FSDP_YAML, *whole, "--resume_from_checkpoint=latest")
+    assert rest.returncode == 0 and "continuing from two/checkpoint-2, after step 2" in rest.stdout, rest.stderr[
+        -3000:
+    ]
+    one = run_script(*common, "--output_dir=one", "--max_train_steps=4", "--train_batch_size=2", cwd=workplace)
+    assert one.returncode == 0, one.stderr[-3000:]
+    transformer, _ = with_lora(model, make_config())
+    total = sum(p.numel() * p.element_size() for p in transformer.parameters())
+    ranks = [int(size) for size in re.findall(r"bytes of this rank: (\d+)", first.stdout)]
+    assert len(ranks) == 2 and all(0.45 * total < size < 0.55 * total for size in ranks)
+    rows = [[json.loads(line) for line in (workplace / name / "metrics.jsonl").open()] for name in ("one", "two")]
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in rows[1]] == pytest.approx([row[key] for row in rows[0]], abs=1e-3)
+    files = [load_file(workplace / name / "pytorch_lora_weights.safetensors") for name in ("one", "two")]
+    assert files[0].keys() == files[1].keys() and len(files[0]) == 56
+    assert all((files[0][name] - files[1][name]).abs().max() < 1e-3 for name in files[0])
+    sheets = [workplace / name / "validation" / "step-000004" / "sheet.png" for name in ("one", "two")]
+    assert (pixels_of(Image.open(sheets[0])) - pixels_of(Image.open(sheets[1]))).abs().max() <= 1
+
+
+INDUCTOR = "distributed_type: 'NO'\ndynamo_config:\n  dynamo_backend: INDUCTOR\nnum_processes: 1\nuse_cpu: true\n"
+
+
+def test_compiled_by_accelerates_configuration(workplace, model):
+    """INDUCTOR trains, resumes, and saves the keys and nearly the values of an uncompiled run."""
+    common = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p"]
+    common += ["--mixed_precision=no", "--resolution=32", "--cache_latents", "--rank=4", "--learning_rate=1e-2"]
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(workplace / "inductor")}
+    first = accelerate_launch(workplace, INDUCTOR, *common, "--output_dir=c", "--max_train_steps=1", env=env)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert list((workplace / "inductor").rglob("*.py")), "nothing was compiled"
+    flags = [*common, "--output_dir=c", "--max_train_steps=2", "--resume_from_checkpoint=latest"]
+    rest = accelerate_launch(workplace, INDUCTOR, *flags, env=env)
+    assert rest.returncode == 0 and "continuing from c/checkpoint-1" in rest.stdout, rest.stderr[-3000:]
+    plain = run_script(*common, "--output_dir=plain", "--max_train_steps=2", cwd=workplace)
+    assert plain.returncode == 0
+    files = [load_file(workplace / name / "pytorch_lora_weights.safetensors") for name in ("plain", "c")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.allclose(files[0][name], files[1][name], atol=1e-3) for name in files[0])
+
+
+TECHNIQUES = {
+    "fp8 training": {"do_fp8_training": True},
+    "`--quantization`": {"quantization": "nf4"},
+    "bitsandbytes JSON": {"bnb_quantization_config_path": "nf4.json"},
+    "8-bit Adam": {"use_8bit_adam": True},
+    "Prodigy": PRODIGY,
+    "compile": {},
+    "offload": {"offload": True, "cache_latents": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "DDP": {},
+    "FSDP": {},
+}
+FORMATS = ("fp8 training", "`--quantization`", "bitsandbytes JSON")
+
+
+def verdict(first, second):
+    """What the README's table says of two techniques together; they come in the order of `TECHNIQUES`."""
+    if second == "FSDP":
+        return {"DDP": "instead"}.get(first, "refused" if first in (*FORMATS, "8-bit Adam", "Prodigy") else "yes")
+    if first in FORMATS and second in FORMATS:
+        return "refused"
+    return "ignored" if (first, second) == ("8-bit Adam", "Prodigy") else "yes"
+
+
+def technique_table():
+    """The README's table of pairs."""
+    names = list(TECHNIQUES)
+    lines = [f"| | {' | '.join(names[:-1])} |", "|---" * len(names) + "|"]
+    for row in range(1, len(names)):
+        cells = [verdict(names[column], names[row]) if column < row else "" for column in range(len(names) - 1)]
+        lines.append(f"| **{names[row]}** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_readme_shows_what_goes_with_what():
+    assert technique_table() in README
+
+
+def together(make_config, tmp_path, *names):
+    """A config with some techniques, and what its environment needs."""
+    (tmp_path / "nf4.json").write_text(block_with("load_in_4bit", JSONS))
+    changes = {key: value for name in names for key, value in TECHNIQUES[name].items()}
+    if "bnb_quantization_config_path" in changes:
+        changes["bnb_quantization_config_path"] = str(tmp_path / "nf4.json")
+    return make_config(**changes, output_dir=str(tmp_path / "_".join(names).replace("`", "")))
+
+
+ALONE = [name for name in TECHNIQUES if name not in ("DDP", "FSDP")]
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.combinations(ALONE, 2))
+def test_pairs_of_techniques(first, second, make_config, tmp_path, monkeypatch, capsys, bitsandbytes_on_cpu):
+    if verdict(first, second) == "refused":
+        with pytest.raises(UserError, match="are formats for the same weights; give one of them"):
+            together(make_config, tmp_path, first, second)
+        return
+    cfg = together(make_config, tmp_path, first, second)
+    if "compile" in (first, second):
+        torch._dynamo.reset()
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    run(cfg)
+    assert len(losses_of(cfg)) == 2
+    assert ("--use_8bit_adam is ignored" in capsys.readouterr().out) == (verdict(first, second) == "ignored")
+
+
+def test_every_technique_in_two_processes(make_config, tmp_path):
+    """DDP with each of the others, in one launch."""
+    configs = [together(make_config, tmp_path, "DDP", name) for name in ALONE]
+    envs = [{"ACCELERATE_DYNAMO_BACKEND": "EAGER" if name == "compile" else "NO"} for name in ALONE]
+    done = launch_configs(tmp_path, configs, envs, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {cfg.output_dir: len(losses_of(cfg)) for cfg in configs} == {cfg.output_dir: 2 for cfg in configs}
+
+
+def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
+    """FSDP with each of those that can be sharded, in one launch; `test_what_fsdp_cannot_do_is_refused` has the others."""
+    names = [name for name in ALONE if verdict(name, "FSDP") == "yes"]
+    configs = [together(make_config, tmp_path, "FSDP", name) for name in names]
+    envs = [{"ACCELERATE_DYNAMO_BACKEND": "EAGER" if name == "compile" else "NO"} for name in names]
+    done = launch_configs(
+        tmp_path, configs, envs, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP="ZImageTransformerBlock",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    curves = {name: losses_of(cfg) for name, cfg in zip(names, configs)}
+    assert names == ["compile", "offload", "checkpointing"] and {len(curve) for curve in curves.values()} == {2}
+    sharded = sorted(map(int, re.findall(r"bytes of this rank: (\d+)", done.stdout)))
+    assert len(sharded) == 2 * len(names) and sharded[-1] < 1.1 * sharded[0]
 
 
 # =====================================================================================================================
@@ -2380,6 +2679,56 @@ def test_demo_replaces_only_its_own(tmp_path, monkeypatch, capsys):
         run(parse_config(small))
 
 
+def run_with_hub(hub, workplace, model, *more):
+    """Train in `workplace` and upload to the stand-in."""
+    flags = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=a sks dog"]
+    flags += ["--output_dir=my-dog", "--validation_prompt", "a", "--push_to_hub", *SMALL.split(), *more]
+    env = {**hub.env, "HF_HOME": str(workplace / "hf")}
+    return run_script(*flags, cwd=workplace, env=env)
+
+
+def test_push_to_hub(hub, workplace, model):
+    """LoRA, card, pictures and settings go up; checkpoints, metrics, caches, foreign files and tokens do not."""
+    (workplace / "my-dog" / "private").mkdir(parents=True)
+    (workplace / "my-dog" / "private" / "diary.png").write_bytes(b"x")
+    more = ["--hub_model_id=org/dog", "--hub_private_repo", "--hub_token=hf_secret", "--report_to=tensorboard"]
+    done = run_with_hub(hub, workplace, model, *more)
+    assert done.returncode == 0 and "uploaded to org/dog" in done.stdout, done.stderr[-3000:]
+    pictures = [f"validation/step-00000{step}/{name}.png" for step in (0, 2) for name in ("0-0", "sheet")]
+    assert sorted(hub.files) == sorted(["pytorch_lora_weights.safetensors", "README.md", "config.json", *pictures])
+    assert all((workplace / "my-dog" / name).read_bytes() == content for name, content in hub.files.items())
+    made = [json.loads(body) for _, name, _, body in hub.requests if name == "/api/repos/create"]
+    assert made == [{"name": "dog", "organization": "org", "private": True}] or made[0]["visibility"] == "private"
+    assert {token for _, name, token, _ in hub.requests if name.startswith("/api/models")} == {"Bearer hf_secret"}
+    written = [path for path in (workplace / "my-dog").rglob("*") if path.is_file()]
+    assert (workplace / "my-dog" / "checkpoint-2" / "state.json") in written
+    assert [path for path in written if b"hf_secret" in path.read_bytes()] == []
+    assert "hf_secret" not in done.stdout + done.stderr + repr(parse_config([*NEEDED, *more]))
+
+
+def test_a_failed_upload_keeps_the_lora_and_tells_how_to_retry(hub, workplace, model):
+    hub.is_broken = True
+    done = run_with_hub(hub, workplace, model, "--skip_final_inference")
+    assert done.returncode == 2 and (workplace / "my-dog" / "pytorch_lora_weights.safetensors").is_file()
+    assert "error: the LoRA is finished and safe in my-dog, but uploading it failed: " in done.stderr
+    assert "try again with: hf upload me/my-dog 'my-dog' . --include='pytorch_lora_weights" in done.stderr
+    assert "Traceback" not in done.stderr
+    hub.is_broken = False
+    command = re.search(r"try again with: (hf upload .*)", done.stderr)[1]
+    env = {**os.environ, **hub.env, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", command], cwd=workplace, env=env, check=True, capture_output=True)
+    assert {"pytorch_lora_weights.safetensors", "README.md", "config.json"} <= set(hub.files)
+    assert not any("checkpoint" in name for name in hub.files)
+
+
+def test_a_hub_that_cannot_be_reached_stops_the_run_before_it_starts(hub, workplace, model):
+    hub.env["HF_ENDPOINT"] = "http://127.0.0.1:1"
+    done = run_with_hub(hub, workplace, model)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: --push_to_hub: the repository my-dog cannot be made: " in done.stderr
+    assert "log in with `hf auth login`" in done.stderr and not list((workplace / "my-dog").glob("*.safetensors"))
+
+
 # =====================================================================================================================
 # Flags
 # =====================================================================================================================
@@ -2455,6 +2804,21 @@ def planned(cfg):
     return [(s.path, s.prompt, s.bucket) for s in z.plan_samples(cfg, Path(cfg.instance_data_dir))]
 
 
+def product_precision(cfg):
+    """How fp32 products are computed once the accelerator is made."""
+    torch.set_float32_matmul_precision("highest")
+    z.make_accelerator(cfg)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    return precision
+
+
+def tracked(cfg):
+    """Where the trackers' files are after a whole run."""
+    run(cfg)
+    return {path.parent.relative_to(cfg.output_dir).parts[0] for path in Path(cfg.output_dir).rglob("events.out*")}
+
+
 PRIOR = {
     "with_prior_preservation": True,
     "class_data_dir": "no-such-folder",
@@ -2514,6 +2878,9 @@ OBSERVED = {
     "negative_prompt": (pictures_of, "", "blurry", SEEN),
     "num_inference_steps": (pictures_of, 1, 2, SEEN),
     "validation_resolution": (pictures_of, 32, 48, SEEN),
+    "scale_lr": (rates, False, True, {"train_batch_size": 2, "gradient_accumulation_steps": 3}),
+    "allow_tf32": (product_precision, False, True, {}),
+    "logging_dir": (tracked, "logs", "elsewhere", {"report_to": "tensorboard"}),
 }
 
 # flags whose difference a test of their own shows
@@ -2546,13 +2913,29 @@ SHOWN = {
     "upcast_before_saving": "test_the_file_itself",
     "report_to": "test_tensorboard",
     "demo": "test_demo_replaces_only_its_own",
+    "revision": "test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise",
+    "variant": "test_variant",
+    "use_8bit_adam": "test_8_bit_adam_keeps_its_state_in_8_bits",
+    "quantization": "test_a_quantised_model_is_read_from_shards_and_its_gaps_are_named",
+    "do_fp8_training": "test_fp8_training_multiplies_in_fp8_where_the_hardware_can",
+    "bnb_quantization_config_path": "test_the_readmes_bitsandbytes_files",
+    "offload": "test_offloaded_encoders_visit_the_device_only_to_work",
+    "attention_backend": "test_attention_backends",
+    "enable_npu_flash_attention": "test_attention_backends",
+    "dataloader_num_workers": "test_workers_load_what_the_main_process_would",
+    "fsdp_text_encoder": "test_advice",
+    "push_to_hub": "run_with_hub",
+    "hub_model_id": "test_push_to_hub",
+    "hub_token": "test_push_to_hub",
+    "hub_private_repo": "test_push_to_hub",
 }
 
 
 def test_every_flag_has_a_test_of_its_effect():
     assert sorted([*OBSERVED, *SHOWN]) == sorted(field.name for field in dataclasses.fields(Config))
     tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-    tests = {n.name: ast.unparse(n) for n in tree.body if isinstance(n, ast.FunctionDef)}
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    tests = {n.name: ast.unparse(n) for n in functions}
     assert {name: test for name, test in SHOWN.items() if name not in tests[test]} == {}
 
 
