@@ -2244,7 +2244,8 @@ bnb_quantizer.BnB4BitDiffusersQuantizer.update_device_map = lambda self, _: {"":
 def report(self, *args, prepare=Accelerator.prepare):
     prepared = prepare(self, *args)
     local = [getattr(p, "to_local", lambda p=p: p)() for p in prepared[0].parameters()]
-    print("bytes of this rank:", sum(tensor.numel() * tensor.element_size() for tensor in local), flush=True)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in local)
+    os.write(1, f"bytes of this rank: {size}\\n".encode())  # in one piece
     return prepared
 
 Accelerator.prepare = report
@@ -2256,9 +2257,12 @@ if sys.argv[1].endswith(".py"):
     runpy.run_path(sys.argv[0], run_name="__main__")
 else:
     from train_dreambooth_lora_z_image import Config, main
+    PartialState.destroy_process_group = lambda self, group=None: None  # the next run needs it
     for settings, env in json.load(open(sys.argv[1])):
         os.environ.update(env)
         AcceleratorState._reset_state()
+        if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # as before the first run
         torch._dynamo.reset()
         main(Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}))
 """
@@ -2424,7 +2428,7 @@ def together(make_config, tmp_path, *names):
 ALONE = [name for name in TECHNIQUES if name not in ("DDP", "FSDP")]
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.combinations(ALONE, 2))
+@pytest.mark.parametrize(("first", "second"), [*itertools.combinations(ALONE, 2)])
 def test_pairs_of_techniques(first, second, make_config, tmp_path, monkeypatch, capsys, bitsandbytes_on_cpu):
     if verdict(first, second) == "refused":
         with pytest.raises(UserError, match="are formats for the same weights; give one of them"):
