@@ -1841,6 +1841,7 @@ def test_attention_backends(make_config, model):
     transformer = z.load_transformer(model, make_config(attention_backend="_native_math"), torch.float32, CPU)
     backends = {m.processor._attention_backend.value for m in transformer.modules() if hasattr(m, "processor")}
     assert backends == {"_native_math"}
+    transformer.set_attention_backend("native")  # diffusers has changed it for the whole process
     with pytest.raises(UserError, match="--attention_backend fast: `backend='fast'` must be one of the following"):
         z.check_hardware(make_config(attention_backend="fast"), model, CPU)
 
