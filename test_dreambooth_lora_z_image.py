@@ -2454,7 +2454,7 @@ def test_every_technique_in_two_processes(make_config, tmp_path):
 
 
 def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
-    """FSDP with each of those that can be sharded, in one launch; `test_what_fsdp_cannot_do_is_refused` has the others."""
+    """FSDP with each technique that can be sharded, in one launch; another test has what is refused."""
     names = [name for name in ALONE if verdict(name, "FSDP") == "yes"]
     configs = [together(make_config, tmp_path, "FSDP", name) for name in names]
     envs = [{"ACCELERATE_DYNAMO_BACKEND": "EAGER" if name == "compile" else "NO"} for name in names]

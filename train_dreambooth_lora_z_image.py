@@ -276,6 +276,11 @@ class OptimizerConfig(Settings):
     text_encoder_lr: float | None = flag(None, "Accepted for old commands, without effect.")
     adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for old commands, without effect.")
 
+    @property
+    def has_8bit_state(self) -> bool:
+        """Whether `--use_8bit_adam` counts: Prodigy has no 8-bit form."""
+        return self.use_8bit_adam and self.optimizer == "adamw"
+
     def check(self) -> None:
         """Refuse step rules without their schedule, and the schedule without rules."""
         require(
@@ -497,13 +502,19 @@ def parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
+def read_json_object(name: str, file: Path) -> dict[str, Any]:
+    """Read a JSON file that a flag names. Raises UserError, calling it by that name, if it holds no object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name} cannot be read as JSON: {error}") from error
+    require(isinstance(content, dict), f"{name} must hold one JSON object")
+    return content
+
+
 def read_settings(file: Path) -> dict[str, Any]:
     """Read a saved config.json, less the record of its environment. Raises UserError if it is none."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {file} cannot be read as JSON: {error}") from error
-    require(isinstance(settings, dict), f"--config {file} must hold one JSON object of settings")
+    settings = read_json_object(f"--config {file}", file)
     settings.pop("environment", None)
     unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(Config)})
     require(not unknown, f"--config {file} has settings that do not exist: {', '.join(unknown)}")
@@ -536,10 +547,10 @@ def advice(cfg: Config) -> Iterator[str]:
             yield f"--{name} is accepted for old commands and has no effect"
     if cfg.fsdp_text_encoder:
         yield "--fsdp_text_encoder has no effect: prompts are encoded before training, the encoder is gone by then"
-    if cfg.use_8bit_adam and cfg.optimizer == "prodigy":
-        yield "--use_8bit_adam is ignored with --optimizer prodigy"
-    elif cfg.use_8bit_adam:
+    if cfg.has_8bit_state:
         yield "--use_8bit_adam: AdamW in fp32 costs only 240 MB more, at rank 16 with the default layers"
+    elif cfg.use_8bit_adam:
+        yield "--use_8bit_adam is ignored with --optimizer prodigy"
     if cfg.gradient_checkpointing and uses_fsdp_checkpointing():
         yield "--gradient_checkpointing: FSDP's own activation checkpointing is used instead, not both"
     if cfg.revision is not None and os.path.exists(cfg.pretrained_model_name_or_path):
@@ -1192,12 +1203,12 @@ def check_components(model: Path, variant: str | None) -> None:
 
 def check_packages(cfg: Config) -> None:
     """Refuse settings whose optional package is not installed, with the line that installs it."""
-    uses_bitsandbytes = (cfg.quantization == "nf4", cfg.bnb_quantization_config_path is not None)
+    is_bnb_format = cfg.quantization == "nf4" or cfg.bnb_quantization_config_path is not None
     needed = {
         "datasets": cfg.dataset_name is not None,
         "prodigyopt": cfg.optimizer == "prodigy",
         "torchao": cfg.storage in ("fp8", "int8"),
-        "bitsandbytes": any(uses_bitsandbytes) or (cfg.use_8bit_adam and cfg.optimizer == "adamw"),
+        "bitsandbytes": is_bnb_format or cfg.has_8bit_state,
     }
     needed |= {name: name in cfg.report_to.split(",") for name in ("wandb", "tensorboard")}
     for package, is_needed in needed.items():
@@ -1219,11 +1230,7 @@ def read_bnb_settings(cfg: HardwareConfig) -> dict[str, Any]:
     if cfg.bnb_quantization_config_path is None:
         return {}
     name = f"--bnb_quantization_config_path {cfg.bnb_quantization_config_path}"
-    try:
-        settings = json.loads(Path(cfg.bnb_quantization_config_path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name} cannot be read as JSON: {error}") from error
-    require(isinstance(settings, dict), f'{name} must hold one JSON object, such as {{"load_in_4bit": true}}')
+    settings = read_json_object(name, Path(cfg.bnb_quantization_config_path))
     for key, value in settings.items():
         require(key in BNB_TYPES, f"{name}: {key} is not known; there are {', '.join(BNB_TYPES)}")
         require(matches(value, BNB_TYPES[key]), f"{name}: {key} does not take {value!r}")
@@ -1256,7 +1263,7 @@ def check_fsdp(cfg: Config) -> None:
     reasons = {
         "--quantization": cfg.quantization, "--do_fp8_training": cfg.do_fp8_training,
         "--bnb_quantization_config_path": cfg.bnb_quantization_config_path,
-        "--use_8bit_adam": cfg.use_8bit_adam and cfg.optimizer == "adamw",
+        "--use_8bit_adam": cfg.has_8bit_state,
         "--optimizer prodigy": cfg.optimizer == "prodigy",
     }  # fmt: skip
     refused = [name for name, is_given in reasons.items() if is_given]
@@ -1446,12 +1453,12 @@ class TextEncoder(NamedTuple):
 @contextlib.contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Have a model on a device for as long as it is used; then it goes back to where it lives."""
-    home = module.device
+    origin = module.device
     module.to(device)
     try:
         yield
     finally:
-        module.to(home)
+        module.to(origin)
 
 
 def home(cfg: HardwareConfig, device: torch.device) -> torch.device:
@@ -2049,12 +2056,12 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torc
         "weight_decay": cfg.adam_weight_decay,
         "eps": cfg.adam_epsilon,
     }
-    if cfg.optimizer == "adamw" and not cfg.use_8bit_adam:
-        return torch.optim.AdamW(parameters, **common)
-    if cfg.optimizer == "adamw":
+    if cfg.has_8bit_state:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **common)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **common)
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(None):  # it prints a remark of its own
@@ -2127,6 +2134,7 @@ def flatten(tree: dict[Any, Any], path: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{path}{key}.")
         else:
+            # a copy: bitsandbytes shares tables between parameters, which safetensors refuses
             flat[f"{path}{key}"] = whole(value).clone() if torch.is_tensor(value) else value
     return flat
 
@@ -2709,7 +2717,7 @@ def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
         with explained("--bnb_quantization_config_path", "--quantization nf4 or int8 runs everywhere"):
             config = bnb_options(cfg, DTYPES[cfg.mixed_precision])["quantization_config"]
             DiffusersAutoQuantizer.from_config(config).validate_environment()
-    if cfg.use_8bit_adam and cfg.optimizer == "adamw":
+    if cfg.has_8bit_state:
         with explained("--use_8bit_adam: bitsandbytes cannot do it on this machine", "leave the flag out"):
             probe = nn.Parameter(torch.zeros(4096, device=device))
             probe.grad = torch.zeros_like(probe)
