@@ -327,7 +327,7 @@ class HardwareConfig(Settings):
     do_fp8_training: bool = flag(False, "fp8 weights and fp8 products, for GPUs of compute capability 8.9 and above.")
     bnb_quantization_config_path: str | None = flag(None, "JSON of a bitsandbytes configuration, 4 or 8 bits.")
     offload: bool = flag(False, "Text encoder and VAE live in host memory; on the GPU only while they are used.")
-    attention_backend: str | None = flag(None, "Kernel of the attention, as in diffusers: native, flash, sage, ...")
+    attention_backend: str = flag("native", "Kernel of the attention, as in diffusers: native, flash, sage, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name of --attention_backend _native_npu.")
     allow_tf32: bool = flag(False, "TF32 for fp32 products, on Ampere and later.")
     dataloader_num_workers: int = flag(0, "Processes that load pictures or latents; 0 is the main one.", at_least=0)
@@ -339,7 +339,7 @@ class HardwareConfig(Settings):
         return "fp8" if self.do_fp8_training else self.quantization
 
     @property
-    def attention(self) -> str | None:
+    def attention(self) -> str:
         """The attention backend, by its old flag or its new one."""
         return "_native_npu" if self.enable_npu_flash_attention else self.attention_backend
 
@@ -1836,8 +1836,7 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch
         transformer = ZImageTransformer2DModel.from_pretrained(
             model / "transformer", variant=cfg.variant, torch_dtype=dtype, **bnb_options(cfg, dtype)
         )
-    if cfg.attention is not None:
-        transformer.set_attention_backend(cfg.attention)
+    transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps an earlier run's for the whole process
     if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
         transformer.enable_gradient_checkpointing()
     return transformer.requires_grad_(False)
@@ -2722,9 +2721,8 @@ def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
             probe = nn.Parameter(torch.zeros(4096, device=device))
             probe.grad = torch.zeros_like(probe)
             make_optimizer([probe], cfg).step()
-    if cfg.attention is not None:
-        with explained(f"--attention_backend {cfg.attention}"):
-            make_empty_transformer(model).set_attention_backend(cfg.attention)
+    with explained(f"--attention_backend {cfg.attention}"):
+        make_empty_transformer(model).set_attention_backend(cfg.attention)
 
 
 def agree_on_start(cfg: Config, accelerator: Accelerator) -> int:
