@@ -193,7 +193,8 @@ def broken_house_rules(source):
 def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
     assert broken_house_rules(source) == [] and len(source.splitlines()) < 3000
-    assert not re.search(r"(?<![\w.])from __future__|\bprint\(", source.replace('print(f"error: {error}"', ""))
+    assert "from __future__" not in source
+    assert re.findall(r"\bprint\(.*", source) == ['print(redact(f"error: {error}", cfg), file=sys.stderr)']
 
 
 def test_house_rules_find_what_they_forbid():
@@ -2646,6 +2647,24 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
         "metrics.jsonl", "README.md",
     }  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "out" / "validation").rglob("*.png")) == ["mine.png"] * 2
+
+
+def test_wandb(workplace, model):
+    """A real offline run holds the scalars of every step and captioned pictures, and no secret."""
+    flags = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p", "--rank=2"]
+    flags += ["--report_to=wandb", "--hub_token=hf_secret", "--validation_prompt=a sks dog, 一只sks狗", *SMALL.split()]
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HOME": str(workplace / "hf")}
+    done = run_script(*flags, cwd=workplace, env=os.environ | env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (record,) = workplace.rglob("*.wandb")
+    content = record.read_bytes()
+    for name in ("loss", "grad_norm", "lr", "epoch", "seconds"):
+        assert len(re.findall(rb"\b%s\b" % name.encode(), content)) >= 2, name
+    captions = re.findall(rb'captions.{1,5}(\[".*?"\])', content, re.S)
+    assert [json.loads(text) for text in captions[:2]] == [["a sks dog, 一只sks狗"]] * 2
+    assert len(list(record.parent.rglob("validation_*.png"))) == 2
+    everything = b"".join(path.read_bytes() for path in workplace.rglob("*") if path.is_file())
+    assert b"hf_secret" not in everything and b"hf_secret" not in (done.stdout + done.stderr).encode()
 
 
 def test_tensorboard(make_config, tmp_path):

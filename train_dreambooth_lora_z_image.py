@@ -587,6 +587,15 @@ def shareable_settings(cfg: Config) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in shareable}
 
 
+def redact(text: str, cfg: Config) -> str:
+    """Replace secrets, of flags and of the environment, by stars: for all that is printed, logged or sent."""
+    secrets = [getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.metadata["is_secret"]]
+    secrets += [os.environ.get(name) for name in ("HF_TOKEN", "WANDB_API_KEY")]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
+
+
 def sha256(content: bytes) -> str:
     """Hash bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
@@ -1308,13 +1317,14 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
         conductor(cfg)
     except (UserError, FloatingPointError, OSError) as error:  # OSError: a disk that is full or may not be written
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
-            print(f"error: {error}", file=sys.stderr)
+            print(redact(f"error: {error}", cfg), file=sys.stderr)
         sys.exit(2)
 
 
 RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when pasted into a notebook cell
 if RUN_AS_SCRIPT:
     CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once
+    sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # wandb records them
     run_or_exit(check_inputs, CONFIG)
 
 logging.disable(logging.WARNING)  # torchao and diffusers report kernels and tensors that nobody here asked for
