@@ -8,6 +8,7 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import http.server
 import itertools
 import json
@@ -15,12 +16,17 @@ import math
 import os
 import pickle
 import pty
+import random
 import re
+import resource
 import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -194,7 +200,7 @@ def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
     assert broken_house_rules(source) == [] and len(source.splitlines()) < 3000
     assert "from __future__" not in source
-    assert re.findall(r"\bprint\(.*", source) == ['print(redact(f"error: {error}", cfg), file=sys.stderr)']
+    assert re.findall(r"\bprint\(.*", source) == ["print(printable(redact(sentence, cfg)), file=sys.stderr)"]
 
 
 def test_house_rules_find_what_they_forbid():
@@ -617,12 +623,12 @@ def test_bad_config_files(content, words, tmp_path, capsys):
         ({"with_prior_preservation": True}, "needs --class_data_dir"),
         ({"timestep_shift": "nan"}, "--timestep_shift takes a number above 0 or 'scheduler'"),
         ({"timestep_shift": "0"}, "--timestep_shift"),
-        ({"learning_rate": math.nan}, "--learning_rate does not take nan; it takes a finite number"),
+        ({"learning_rate": math.nan}, "--learning_rate does not take nan; it takes float"),
         ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
         ({"lora_dropout": 1.0}, "--lora_dropout must be below 1"),
         ({"lr_scheduler": "piecewise_constant"}, "need each other"),
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "0.1,a:3"}, "--lr_step_rules reads"),
-        ({"validation_prompt": "text"}, "--validation_prompt does not take 'text'; it takes a list of texts"),
+        ({"validation_prompt": "text"}, "--validation_prompt does not take 'text'; it takes tuple[str, ...]"),
         ({"repeats": True}, "--repeats does not take True"),
         ({"instance_prompt": "\udcff"}, "--instance_prompt does not take"),
         ({"learning_rate": 10**400}, "--learning_rate does not take"),
@@ -937,7 +943,7 @@ def test_class_pictures_have_the_size_of_training_not_of_validation(make_config,
 
 def test_validation_steps(make_config):
     samples = [sample(n) for n in range(5)]
-    cfg = make_config(validation_epochs=2, train_batch_size=2, gradient_accumulation_steps=2)
+    cfg = make_config(validation_epochs=2, train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=9)
     schedule = z.make_schedule(cfg, samples, 1, 1.0)  # 10 examples between validations, 4 per step
     assert [step for step in range(9) if schedule.is_validation_step(step)] == [0, 3, 5, 8]
     cfg = dataclasses.replace(cfg, validation_steps=4)
@@ -1101,7 +1107,7 @@ MISTAKES = {
     "no such variant": (
         lambda w: ["--variant=bf16"], "model/text_encoder has no weights of --variant bf16; it has model.safetensors"
     ),
-    "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "--resume_from_checkpoint dog is no checkpoint"),
+    "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "dog is damaged or no checkpoint"),
     "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
     "no prompt": (lambda w: ["--config=c.json"] if (w / "c.json").write_text('{"instance_prompt": 3}') else [], None),
 }  # fmt: skip
@@ -1302,8 +1308,8 @@ def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make
     cfg = make_config(random_flip=True)
     accelerator, encodings = Accelerator(cpu=True), encodings_of(cfg, model)
     samples = z.plan_samples(cfg, pictures)
-    z.fill_prompts_cache([samples[0].prompt], model, encodings, cfg, accelerator)
-    z.fill_latents_cache(samples[:1], model, encodings, cfg, accelerator)
+    z.fill_prompts_cache([samples[0].prompt], encodings, cfg, accelerator)
+    z.fill_latents_cache(samples[:1], encodings, cfg, accelerator)
     examples = z.TrainingExamples(samples, encodings, cfg)
     vae = z.load_vae(model, FP32, CPU)
     for number in range(12):
@@ -1374,7 +1380,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 def test_equal_tensors_give_equal_files(tmp_path):
     metadata = {f"key {n}": str(n) for n in range(20)}
     for name in "ab":
-        z.save_tensors(tmp_path / name, {"x": torch.arange(6.0).view(2, 3)[:, 1:]}, metadata)
+        z.write_file(tmp_path / name, z.tensors_bytes({"x": torch.arange(6.0).view(2, 3)[:, 1:]}, metadata))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "a", "pt") as file:
         assert file.metadata() == metadata and file.get_tensor("x").tolist() == [[1, 2], [4, 5]]
@@ -1514,8 +1520,6 @@ def test_offloaded_encoders_visit_the_device_only_to_work(is_cached, places, mak
 
 def test_without_offloading_the_vae_stays_on_the_device(places, make_config, model):
     vae = z.load_vae(model, make_config(), Accelerator.device)
-    assert z.home(make_config(), Accelerator.device) == Accelerator.device
-    assert z.home(make_config(offload=True), Accelerator.device) == CPU
     z.encode_images(vae, torch.zeros(1, 3, 32, 32), Accelerator.device)
     assert places[0] == ("moves", "cpu:0") and ("encodes", "cpu:0") in places
 
@@ -1591,8 +1595,8 @@ def test_lora_is_fp32_seeded_and_alone_trainable(model, make_config):
     assert {p.dtype for p in first.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert all(torch.equal(a, b) for a, b in zip(parameters, others))
     assert not torch.equal(parameters[0], with_lora(model, make_config(seed=1))[1][0])
-    line = z.describe_lora(first, layers_of(model, make_config().lora_layers), make_config(lora_alpha=2.0))
-    assert "28 layers, rank 4, effective scale alpha / rank = 0.5" in line and "GB of frozen weights" in line
+    frozen, trained = z.describe_lora(first, layers_of(model, make_config().lora_layers), make_config(lora_alpha=2.0))
+    assert "28 layers, rank 4, effective scale alpha / rank = 0.5" in trained and "GB of frozen weights" in frozen
 
 
 def make_batch(size=2, side=4, is_prior=False, length=9):
@@ -2059,8 +2063,9 @@ def test_going_back_cuts_the_metrics_and_sets_later_checkpoints_aside(make_confi
         file.write('\n{"step": 5, "lo')  # torn by a power cut
     run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-2", max_train_steps=3))
     names = {path.name for path in (tmp_path / "out").glob("*checkpoint-*")}
-    aside = {"superseded-checkpoint-3", "superseded-checkpoint-4"}
-    assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-3"} | aside
+    assert {name[:23] for name in names} == {
+        "checkpoint-1", "checkpoint-2", "checkpoint-3", "superseded-checkpoint-3", "superseded-checkpoint-4",
+    }  # fmt: skip
     assert metrics_of(cfg) == rows[:3]
     run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
     assert metrics_of(cfg) == rows and lora_bytes(cfg) == complete
@@ -2077,29 +2082,72 @@ def test_a_checkpoint_elsewhere_continues_in_a_folder_of_its_own(make_config, tm
     assert lora_bytes(new) == lora_bytes(cfg) and metrics_of(new) == metrics_of(cfg)[2:]
 
 
-def test_a_damaged_checkpoint_is_refused_and_nothing_touched(make_config, tmp_path):
+def flip_a_bit(path):
+    """Damage a file as a disk does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "lora, one bit": lambda folder: flip_a_bit(folder / "lora.safetensors"),
+    "optimizer, one bit": lambda folder: flip_a_bit(folder / "optimizer.safetensors"),
+    "state, one bit": lambda folder: flip_a_bit(folder / "state.json"),
+    "manifest, one bit": lambda folder: flip_a_bit(folder / "manifest.json"),
+    "lora, cut": lambda folder: os.truncate(folder / "lora.safetensors", 900),
+    "optimizer, gone": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "state, gone": lambda folder: (folder / "state.json").unlink(),
+    "manifest, gone": lambda folder: (folder / "manifest.json").unlink(),
+}
+
+
+def test_a_damaged_checkpoint_is_skipped_named_and_never_deleted(make_config, tmp_path, capsys):
+    cfg = make_config(max_train_steps=3, checkpointing_steps=1, learning_rate=1e-3)
+    run(cfg)
+    out, expected = tmp_path / "out", (lora_bytes(cfg), losses_of(cfg))
+    for name, damage in DAMAGES.items():
+        damage(out / "checkpoint-3")
+        remains = {path.name: path.read_bytes() for path in (out / "checkpoint-3").iterdir()}
+        run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
+        printed = capsys.readouterr().out
+        assert "continuing from" in printed and "checkpoint-2, after step 2" in printed, name
+        aside = re.search(r"checkpoint-3 is damaged; it is now called (\S+)", printed)[1]
+        assert {path.name: path.read_bytes() for path in (out / aside).iterdir()} == remains, name
+        assert (lora_bytes(cfg), losses_of(cfg)) == expected, name
+    assert len(list(out.glob("superseded-checkpoint-3-*"))) == len(DAMAGES)
+
+
+def test_rotation_keeps_damaged_checkpoints_and_comes_after_the_new_one_is_verified(
+    make_config, tmp_path, monkeypatch
+):
+    cfg = make_config(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    run(cfg)
+    flip_a_bit(tmp_path / "out" / "checkpoint-3" / "state.json")
+    again = dataclasses.replace(cfg, resume_from_checkpoint="latest")
+    run(dataclasses.replace(again, max_train_steps=6))
+    names = [path.name for path in z.list_checkpoints(tmp_path / "out")]
+    assert names == ["checkpoint-3", "checkpoint-5", "checkpoint-6"]
+    monkeypatch.setattr(z, "put_in_place", lambda source, to, put=z.put_in_place: (put(source, to), spoil(to)))
+    with pytest.raises(OSError, match="checkpoint-7 cannot be read back as it was written; check the disk"):
+        run(dataclasses.replace(again, max_train_steps=7))
+    assert (tmp_path / "out" / "checkpoint-5").is_dir() and (tmp_path / "out" / "checkpoint-6").is_dir()
+
+
+def spoil(path):
+    """Play a disk that loses what it was given."""
+    if path.name == "checkpoint-7":
+        flip_a_bit(path / "lora.safetensors")
+
+
+def test_damaged_checkpoints_alone_are_refused_and_nothing_touched(make_config, tmp_path):
     cfg = make_config()
     run(cfg)
-    folder = tmp_path / "out" / "checkpoint-2"
-    whole, state = shutil.copytree(folder, tmp_path / "whole"), json.loads((folder / "state.json").read_text())
-    half = dict(itertools.islice(load_file(folder / "lora.safetensors").items(), 5))
-    damages = [
-        lambda: (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "step"})),
-        lambda: (folder / "state.json").write_text(json.dumps(state | {"step": -5})),
-        lambda: (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "optimizer"})),
-        lambda: os.truncate(folder / "lora.safetensors", 900),
-        lambda: (folder / "optimizer.safetensors").unlink(),
-        lambda: save_file(half, folder / "lora.safetensors"),
-        lambda: save_file({"0.exp_avg": torch.zeros(1)}, folder / "optimizer.safetensors"),
-    ]
-    metrics = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    for damage in damages:
-        damage()
-        with pytest.raises(UserError, match="checkpoint-2 is damaged; name another one"):
-            run(dataclasses.replace(cfg, resume_from_checkpoint="latest", max_train_steps=3))
-        assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == metrics
-        shutil.rmtree(folder)
-        shutil.copytree(whole, folder)
+    flip_a_bit(tmp_path / "out" / "checkpoint-2" / "lora.safetensors")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
+    for name in ("latest", "checkpoint-2"):
+        with pytest.raises(UserError, match=f"--resume_from_checkpoint {name}: .*checkpoint(-2)? is damaged"):
+            run(dataclasses.replace(cfg, resume_from_checkpoint=name, max_train_steps=3))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()} == before
 
 
 def test_the_optimizers_settings_are_those_of_the_resumed_run(make_config, tmp_path):
@@ -2126,10 +2174,9 @@ def test_resuming_with_what_cannot_fit_is_refused_before_anything_is_touched(mak
     run(cfg)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
     changes = {
-        "--rank 8 does not fit .*checkpoint-3, which has 4": {"rank": 8},
-        "--lora_layers to_q does not fit": {"lora_layers": "to_q"},
-        "--optimizer prodigy does not fit": {"optimizer": "prodigy"},
-        "--lora_alpha 2.0 does not fit": {"lora_alpha": 2.0},
+        r"--rank 8 \(was 4\). Give the same again$": {"rank": 8, "resume_anyway": True},
+        r"--lora_layers to_q \(was to_q,to_k": {"lora_layers": "to_q", "resume_anyway": True},
+        r"--optimizer prodigy \(was adamw\)": {"optimizer": "prodigy", "resume_anyway": True},
         "the checkpoint has done 3 steps already; give --max_train_steps at least that": {"max_train_steps": 2},
     }
     for words, change in changes.items():
@@ -2151,7 +2198,10 @@ def test_checkpoints_are_whole_rotated_and_without_pickles(make_config, tmp_path
     run(cfg)
     assert [path.name for path in z.list_checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-5"]
     files = {path.name for path in (tmp_path / "out" / "checkpoint-5").iterdir()}
-    assert files == {"lora.safetensors", "optimizer.safetensors", "state.json"}
+    assert files == {"lora.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    manifest = json.loads((tmp_path / "out" / "checkpoint-5" / "manifest.json").read_text())
+    lora = (tmp_path / "out" / "checkpoint-5" / "lora.safetensors").read_bytes()
+    assert manifest["lora.safetensors"] == {"bytes": len(lora), "sha256": hashlib.sha256(lora).hexdigest()}
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp"]
 
 
@@ -2162,7 +2212,8 @@ def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(make_confi
     weights["layers.0.feed_forward.w1.weight"][0, 0] = math.nan
     save_file(weights, poisoned / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     changes = {"pretrained_model_name_or_path": str(poisoned), "resume_from_checkpoint": "latest"}
-    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.*checkpoint-2.*--learning_rate"):
+    words = r"step 3: the loss is nan, .* with \S+/\d.png at sigma 0\.\d+; .*checkpoint-2.*--learning_rate"
+    with pytest.raises(FloatingPointError, match=words):
         run(make_config(**changes, max_train_steps=8))
     assert len(losses_of(make_config())) == 2
     assert [path.name for path in z.list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
@@ -2189,7 +2240,8 @@ def test_one_step_can_be_taken_by_hand(model, make_config):
     transformer, parameters = with_lora(model, cfg)
     transformer, optimizer = accelerator.prepare(transformer, z.make_optimizer(parameters, cfg))
     schedule = z.make_schedule(cfg, [sample(0)], 1, 1.0)
-    metrics = next(z.train(cfg, accelerator, transformer, optimizer, itertools.repeat(make_batch()), schedule))
+    batches = itertools.repeat(make_batch())
+    metrics = next(z.train(cfg, accelerator, transformer, optimizer, batches, [sample(0)], schedule))
     assert list(metrics) == ["step", "loss", "grad_norm", "lr", "seconds"]
     assert metrics["step"] == 1 and metrics["loss"] > 0
 
@@ -2471,6 +2523,521 @@ def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
 
 
 # =====================================================================================================================
+# Never lose a run
+# =====================================================================================================================
+
+
+def start(workplace, *flags, launcher=()):
+    """Start the script as a process of a group of its own, its output in lines; returns the process."""
+    command = [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(workplace / "hf"), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command,
+        cwd=workplace,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def read_until(process, words):
+    """Read a process's output up to a line with some words."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return "".join(lines)
+    raise AssertionError(f"{words!r} never came: {''.join(lines)[-3000:]}")
+
+
+def small_run(model, *more):
+    """Flags of a run that lasts until it is stopped."""
+    flags = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p", "--rank=2"]
+    flags += [
+        "--cache_latents",
+        "--resolution=32",
+        "--mixed_precision=no",
+        "--validation_prompt=a",
+        "--output_dir=out",
+    ]
+    flags += ["--num_inference_steps=2", "--num_validation_images=1", "--validation_steps=3", "--cache_dir=cache"]
+    return [*flags, "--max_train_steps=100000", "--resume_from_checkpoint=latest", *more]
+
+
+def steps_on_disk(output):
+    """The steps of metrics.jsonl and of the checkpoints, all of which must be intact."""
+    rows = [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()]
+    assert rows == list(range(1, len(rows) + 1)) and all(map(z.is_intact, z.list_checkpoints(output)))
+    return rows, [int(path.name[11:]) for path in z.list_checkpoints(output)]
+
+
+def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(workplace, model):
+    """SIGTERM in training, SIGINT in validation, SIGUSR1 in caching, each by the same command."""
+    process = start(workplace, *small_run(model, "--dataloader_num_workers=1"))
+    read_until(process, "step 3: pictures in")
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's processes hear it, too
+    rest = process.communicate()[0]
+    rows, checkpoints = steps_on_disk(workplace / "out")
+    assert process.returncode == 128 + signal.SIGTERM and checkpoints == [rows[-1]] and rows[-1] >= 3
+    assert f"stopped by SIGTERM after step {rows[-1]}, which is saved; continue with the same command and" in rest
+    assert "Traceback" not in rest
+
+    process = start(workplace, *small_run(model, "--validation_steps=1", "--num_inference_steps=100000"))
+    read_until(process, "continuing from")
+    read_until(process, ": drawing 1 pictures")
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[0]
+    rows, checkpoints = steps_on_disk(workplace / "out")
+    assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT after step" in rest
+    assert checkpoints[-1] == rows[-1], "the step whose pictures were being drawn is saved"
+    assert not (workplace / "out" / "validation" / f"step-{rows[-1]:06d}").exists()
+
+    shutil.rmtree(workplace / "cache")
+    process = start(workplace, *small_run(model))
+    read_until(process, "encoding p")
+    process.send_signal(signal.SIGUSR1)
+    rest = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGUSR1 and "Traceback" not in rest
+    assert "stopped by SIGUSR1" in rest and steps_on_disk(workplace / "out")[1][-1] >= rows[-1]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    child = os.fork()
+    if child == 0:
+        with z.StopRequest(None) as stop:
+            stop.is_deferred = True
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # is no second Ctrl-C
+            if stop.number == signal.SIGINT:
+                os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_launcher_that_dies_takes_its_process_along(name, workplace, model):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
+    process = start(workplace, *small_run(model), launcher=launcher)
+    read_until(process, "step 3: pictures in")
+    process.send_signal(signal.Signals[name])
+    rest = process.communicate()[0]  # ends when the orphan has closed its side
+    rows, checkpoints = steps_on_disk(workplace / "out")
+    assert checkpoints[-1] == rows[-1] and f"stopped by the end of its launcher after step {rows[-1]}" in rest
+
+
+def test_one_ranks_signal_is_everybodys(workplace, model):
+    """Two gloo processes, of which one is told to stop."""
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    )
+    process = start(workplace, *small_run(model), launcher=launcher)
+    read_until(process, "step 3: pictures in")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGUSR1)
+    rest = process.communicate()[0]
+    rows, checkpoints = steps_on_disk(workplace / "out")
+    assert process.returncode == 1 and checkpoints == [rows[-1]], rest[-3000:]
+    assert f"after step {rows[-1]}, which is saved" in rest
+
+
+def test_the_time_for_training_can_be_limited(make_config, tmp_path):
+    with pytest.raises(z.Stopped, match="stopped by --max_train_minutes.*--resume_from_checkpoint latest") as stop:
+        run(make_config(max_train_steps=10**6, max_train_minutes=1e-9))
+    assert stop.value.number == signal.SIGTERM
+    checkpoints = z.list_checkpoints(tmp_path / "out")
+    assert not checkpoints or len(metrics_of(make_config())) == int(checkpoints[-1].name[11:])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not z.StopRequest(None).number
+
+
+def test_checkpoints_by_the_clock(make_config, tmp_path):
+    run(make_config(max_train_steps=3, checkpointing_minutes=1e-9))
+    assert [path.name for path in z.list_checkpoints(tmp_path / "out")] == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
+def test_batches_end_at_a_signal_and_a_half_accumulated_step_is_dropped(make_config, model):
+    cfg = make_config(gradient_accumulation_steps=3)
+    accelerator = z.make_accelerator(cfg)
+    transformer, parameters = with_lora(model, cfg)
+    transformer, optimizer = accelerator.prepare(transformer, z.make_optimizer(parameters, cfg))
+    before, stop = [parameter.clone() for parameter in parameters], z.StopRequest(None)
+    stop.is_deferred = True
+    batches = stop.ends(itertools.repeat(make_batch()))
+    next(batches)
+    stop.receive(signal.SIGTERM, None)
+    schedule = z.make_schedule(cfg, [sample(0)], 1, 1.0)
+    assert list(z.train(cfg, accelerator, transformer, optimizer, batches, [sample(0)], schedule)) == []
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters))
+
+
+# What the script does, in order; a run is killed when a thing first appears, so the next one comes further.
+EVENTS = {
+    "encoding prompts": "cache/*/prompts/*",
+    "generating": "classes/class-00001.png",
+    "encoding pictures": "cache/*/latents/*",
+    "training": "out/metrics.jsonl",
+    "saving": "out/.checkpoint-*.tmp",
+    "validating": "out/validation/step-000004/0-0.png",
+    "exporting": "out/pytorch_lora_weights.safetensors",
+}
+KILLED = {
+    "accumulation, dropout, flips": {"gradient_accumulation_steps": 3, "lora_dropout": 0.2, "random_flip": True},
+    "on the fly, batch 2, warm-up": {
+        "cache_latents": False, "train_batch_size": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 3,
+    },
+    "Prodigy, bf16": {"optimizer": "prodigy", "learning_rate": 1.0, "mixed_precision": "bf16"},
+    "8-bit weights, time": {"quantization": "int8", "checkpointing_minutes": 1e-9, "checkpoints_total_limit": 2},
+}  # fmt: skip
+
+
+def killed_config(workplace, model, name):
+    """A config whose run does all that a run can do."""
+    settings = {
+        "pretrained_model_name_or_path": str(model), "instance_data_dir": "dog", "instance_prompt": "a sks dog",
+        "resolution": 32, "rank": 4, "mixed_precision": "no", "max_train_steps": 8, "num_inference_steps": 2,
+        "num_validation_images": 2, "validation_steps": 4, "validation_prompt": ["a sks dog", "一只sks狗"],
+        "checkpointing_steps": 3, "cache_latents": True, "with_prior_preservation": True, "class_prompt": "a dog",
+        "class_data_dir": "classes", "num_class_images": 3, "sample_batch_size": 1, "cache_dir": "cache",
+        "output_dir": "out",
+    }  # fmt: skip
+    (workplace / "run.json").write_text(json.dumps(settings | KILLED[name]))
+    return ["--config=run.json", "--resume_from_checkpoint=latest"]
+
+
+def has_happened(workplace, event):
+    """Tell whether something is on disk."""
+    found = next(workplace.glob(EVENTS[event]), None)
+    return found is not None and (event != "training" or found.stat().st_size > 0)
+
+
+def kill_when(process, is_time):
+    """Kill a process and all of its group as soon as something is so; returns whether it was in time."""
+    while process.poll() is None and not is_time():
+        os.sched_yield()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return process.returncode != 0
+
+
+def results(workplace):
+    """All that a run has made, but for times."""
+    rows = [json.loads(line) for line in (workplace / "out" / "metrics.jsonl").open()]
+    pictures = sorted([*(workplace / "out" / "validation").rglob("*"), *(workplace / "classes").iterdir()])
+    files = [workplace / "out" / "pytorch_lora_weights.safetensors", *(path for path in pictures if path.is_file())]
+    return [row | {"seconds": 0} for row in rows], {path.relative_to(workplace): path.read_bytes() for path in files}
+
+
+def run_undisturbed(workplace, model, name):
+    """What comes out if nobody kills it; the folder is clean again afterwards."""
+    process = start(workplace, *killed_config(workplace, model, name))
+    assert process.communicate() and process.returncode == 0
+    expected = results(workplace)
+    for folder in ("out", "cache", "classes"):
+        shutil.rmtree(workplace / folder)
+    return expected
+
+
+def test_a_run_killed_at_seven_moments_ends_in_the_same_bytes(workplace, model):
+    name = "accumulation, dropout, flips"
+    expected, flags = run_undisturbed(workplace, model, name), killed_config(workplace, model, name)
+    for event in EVENTS:
+        assert kill_when(start(workplace, *flags), lambda: has_happened(workplace, event)), event
+        assert all(map(z.is_intact, z.list_checkpoints(workplace / "out"))), event
+    process = start(workplace, *flags)
+    assert process.communicate() and process.returncode == 0
+    assert results(workplace) == expected
+    assert not [path for path in (workplace / "out").rglob("*") if path.suffix == ".tmp"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", KILLED)
+def test_soak(name, workplace, model, capsys):
+    """Every configuration killed at the seven moments and four times at random, through the launcher's group."""
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
+    expected, flags = run_undisturbed(workplace, model, name), killed_config(workplace, model, name)
+    chance, hits, kills = random.Random(name), [], 0
+    for event in EVENTS:
+        if event == "encoding pictures" and "cache_latents" in KILLED[name]:
+            continue
+        hits += [event] * (not has_happened(workplace, event))
+        kills += kill_when(start(workplace, *flags, launcher=launcher), lambda: has_happened(workplace, event))
+        process = start(workplace, *flags, launcher=launcher)
+        read_until(process, " bucket ")  # the imports are over
+        until = time.monotonic() + 3 * chance.random()
+        kills += kill_when(process, lambda: time.monotonic() > until)
+    process = start(workplace, *flags, launcher=launcher)
+    assert process.communicate() and process.returncode == 0
+    assert results(workplace) == expected
+    with capsys.disabled():
+        print(f"\n{name}: {kills} kills, in {hits}; {len(expected[0])} steps, {len(expected[1])} files equal")
+
+
+def test_more_processes_or_fewer_continue_on_the_same_curve(make_config, tmp_path):
+    """4 on one process = 2 x 2, over buckets; and each continues the other's checkpoint."""
+    for number, size in enumerate([(96, 48), (48, 96), (90, 90), (60, 60)]):
+        draw(tmp_path / "shapes" / f"{number}.png", size, (40 * number, 90, 20))
+    common = {"instance_data_dir": str(tmp_path / "shapes"), "aspect_ratio_buckets": "32,32;32,64;64,32"}
+    one = make_config(**common, max_train_steps=6, train_batch_size=4, output_dir=str(tmp_path / "one"))
+    run(one)
+    begun = dataclasses.replace(one, max_train_steps=3, output_dir=str(tmp_path / "begun by one"))
+    run(begun)
+    again = {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+    two = dataclasses.replace(one, train_batch_size=2, output_dir=str(tmp_path / "two"))
+    finished = dataclasses.replace(begun, train_batch_size=2, **again)
+    half = dataclasses.replace(two, max_train_steps=3, output_dir=str(tmp_path / "begun by two"))
+    square = dataclasses.replace(two, aspect_ratio_buckets=None, output_dir=str(tmp_path / "square"))
+    done = launch_configs(tmp_path, [two, finished, half, square], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(dataclasses.replace(half, train_batch_size=4, **again))
+    for cfg in (two, finished, half):
+        assert len(losses_of(cfg)) == 6 and losses_of(cfg) == pytest.approx(losses_of(one), abs=1e-4), cfg.output_dir
+    accumulated = dataclasses.replace(
+        square, gradient_accumulation_steps=2, train_batch_size=2, output_dir=str(tmp_path / "accumulated")
+    )
+    run(accumulated)
+    assert losses_of(accumulated) == pytest.approx(losses_of(square), abs=1e-4)
+
+
+CHANGED = {
+    "seed": ({"seed": 1}, r"--seed 1 \(was 0\)"),
+    "resolution": ({"resolution": 48}, r"--resolution 48 \(was 32\); pictures: 0.png, 1.png"),
+    "alpha": ({"lora_alpha": 2.0}, r"--lora_alpha 2.0 \(was None\)"),
+    "batch": ({"train_batch_size": 2}, r"--train_batch_size x processes 2 \(was 1\)"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, r"--gradient_accumulation_steps 2 \(was 1\)"),
+    "prompt": ({"instance_prompt": "other"}, "pictures: 0.png"),
+    "flips": ({"random_flip": True}, r"--random_flip True \(was False\)"),
+    "two": ({"seed": 1, "gradient_accumulation_steps": 2}, r"--seed 1 \(was 0\); --gradient_accumulation_steps 2"),
+}
+
+
+def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tmp_path, pictures):
+    cfg = make_config(max_train_steps=1)
+    run(cfg)
+    again = dataclasses.replace(cfg, resume_from_checkpoint="latest", max_train_steps=2)
+    for name, (change, words) in CHANGED.items():
+        with pytest.raises(
+            UserError, match=f"made with other settings or data: {words}.*or --resume_anyway if the cha"
+        ):
+            run(dataclasses.replace(again, **change))
+        kept = shutil.copytree(tmp_path / "out", tmp_path / name)
+        run(dataclasses.replace(again, **change, output_dir=str(kept), resume_anyway=True))
+        assert len(losses_of(make_config(output_dir=str(kept)))) == 2, name
+    harmless = {"validation_prompt": ("a",), "checkpointing_steps": 1, "guidance_scale": 0.0, "learning_rate": 1e-3}
+    run(dataclasses.replace(again, **harmless))
+    draw(pictures / "1.png", color=(1, 2, 3))
+    (pictures / "0.png").unlink()
+    with pytest.raises(UserError, match=r"data: pictures: 0.png, 1.png. Give the same again, or --resume_anyway"):
+        run(dataclasses.replace(again, max_train_steps=3))
+
+
+def test_two_runs_cannot_share_an_output_folder(make_config, tmp_path):
+    cfg, out = make_config(), tmp_path / "out"
+    with z.sole_user(out):
+        with pytest.raises(
+            UserError, match=rf"out is in use by process {os.getpid()} on {socket.gethostname()}; wait"
+        ):
+            main(cfg)
+        assert not (out / "config.json").exists()
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(out / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="out is in use by"):
+        main(cfg)
+    holder.kill()
+    holder.communicate()
+    run(cfg)  # a dead process holds nothing
+
+
+FILL = """import sys
+from pathlib import Path
+import train_dreambooth_lora_z_image as z
+cfg = z.parse_config(sys.argv[1:])
+accelerator = z.make_accelerator(cfg)
+samples = z.plan_samples(cfg, Path(cfg.instance_data_dir))
+encodings = z.identify_encodings(cfg, Path(cfg.pretrained_model_name_or_path), accelerator)
+print("filling", flush=True)
+z.fill_prompts_cache([str(number) for number in range(20)], encodings, cfg, accelerator)
+z.fill_latents_cache(samples, encodings, cfg, accelerator)
+"""
+
+
+def test_four_processes_fill_one_cache_while_one_is_killed(workplace, model):
+    for number in range(20):
+        draw(workplace / "dog" / f"{number}.png", color=(number * 9, 50, 90))
+    flags, cache = small_run(model), workplace / "cache"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", FILL, *flags]
+    processes = [
+        subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    assert processes[0].stdout.readline(), "the first one to be killed has begun"
+    while not next(cache.glob("*/prompts/*"), None):
+        os.sched_yield()
+    processes[0].kill()
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0, 0]
+    made = [path for path in cache.rglob("*.safetensors")]
+    assert len(made) == 20 + 25 and all(map(z.is_whole, made))
+    assert subprocess.run(command, cwd=workplace, env=env, capture_output=True).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in made} == {
+        p: p.stat().st_mtime_ns for p in cache.rglob("*.safet*")
+    }
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """A disk on which no file can become larger than some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_gets_a_sentence_and_harms_nothing(make_config, tmp_path, capsys):
+    cfg = make_config()
+    run(cfg)
+    out, expected = tmp_path / "out", lora_bytes(cfg)
+    with full_disk(4000), pytest.raises(SystemExit) as stop:
+        z.run_or_exit(run, dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="latest"))
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and re.fullmatch(r"error: \[Errno 27\] File too large.*", printed)
+    assert lora_bytes(cfg) == expected and [path.name for path in z.list_checkpoints(out)] == ["checkpoint-2"]
+    assert z.is_intact(out / "checkpoint-2") and not [path for path in out.rglob("*.tmp")]
+    run(dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="latest"))
+    assert len(losses_of(cfg)) == 3
+
+
+class Malice:
+    """An object whose unpickling would leave a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+def test_no_file_of_a_stranger_is_executed(make_config, model, tmp_path):
+    """A malicious pickle in the place of every file that is read: refused, or not read at all."""
+    trace, cfg = tmp_path / "trace", make_config(cache_dir=str(tmp_path / "cache"))
+    run(cfg)
+    evil = pickle.dumps(Malice(trace))
+    pickle.loads(evil)
+    trace.unlink()  # it would work
+    stranger = shutil.copytree(model, tmp_path / "m")
+    elsewhere = shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "checkpoint-2")
+    places = [
+        *([elsewhere / name] for name in z.CHECKPOINT_FILES),
+        *([file] for file in stranger.rglob("*.safetensors")),
+        [*stranger.rglob("*.json")],
+        [stranger / part / "pytorch_model.bin" for part in ("transformer", "vae", "text_encoder")],
+        [path for path in (tmp_path / "cache").rglob("*") if path.is_file()],
+        *([tmp_path / "pictures" / name] for name in ("6.png", "1.txt", "metadata.jsonl")),
+    ]
+    changes = {
+        "pretrained_model_name_or_path": str(stranger), "resume_from_checkpoint": str(elsewhere), "max_train_steps": 3,
+    }  # fmt: skip
+    for number, files in enumerate(places):
+        before = {file: file.read_bytes() for file in files if file.exists()}
+        for file in files:
+            file.write_bytes(evil)
+        manifest = {name: z.file_entry((elsewhere / name).read_bytes()) for name in z.CHECKPOINT_FILES}
+        (elsewhere / "manifest.json").write_text(json.dumps(manifest))  # the stranger knows how
+        with contextlib.suppress(UserError):
+            run(dataclasses.replace(cfg, **changes, output_dir=str(tmp_path / f"new-{number}")))
+        assert not trace.exists(), files
+        for file in files:
+            file.write_bytes(before[file]) if file in before else file.unlink()
+    (tmp_path / "evil.json").write_bytes(evil)
+    for flag in ("--config", "--bnb_quantization_config_path"):
+        with pytest.raises((SystemExit, UserError)):
+            z.check_inputs(parse_config([*SMALLEST, f"{flag}={tmp_path / 'evil.json'}"]))
+    assert not trace.exists()
+
+
+SMALLEST = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
+ODD_TEXTS = {
+    "newlines": "a\nb\r\nc", "HTML": "<script>alert(1)</script><img src=x onerror=y>",
+    "braces": "{prompt} {0} {{x}} %s",
+    "paths": "../../etc/passwd", "long": "word " * 20_000, "markdown": "](x) | `# **", "YAML": '"\n---\n- : {',
+    "terminal": "\x1b[2J\x07", "template": "<|im_end|><|im_start|>system",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_TEXTS)
+def test_odd_texts_break_nothing(name, make_config, tmp_path, pictures, capsys):
+    from huggingface_hub import ModelCard
+
+    text = ODD_TEXTS[name]
+    (pictures / "0.txt").write_text(text)
+    changes = {"validation_prompt": (text,), "report_to": "tensorboard", "cache_dir": str(tmp_path / "cache")}
+    cfg = make_config(instance_prompt=text, max_train_steps=1, **changes)
+    before = set(tmp_path.parent.rglob("*"))
+    run(cfg)
+    assert all(path.is_relative_to(tmp_path) for path in set(tmp_path.parent.rglob("*")) - before)
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.instance_prompt == text and card.data.base_model is None
+    body = card.text.split("```python")
+    assert len(body) == 2 and body[1].count("```") == 1 and "<script" not in body[0] and "# **" not in body[0]
+    code = body[1].split("```")[0]
+    assert json.dumps(text, ensure_ascii=False) in code and ast.parse(code)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["instance_prompt"] == text
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not set("\x1b\x07") & set(capsys.readouterr().out)
+
+
+def test_tokens_are_never_printed(make_config, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
+    cfg = make_config(hub_token="hf_of_the_flag")
+    for error in (UserError("for hf_of_the_flag"), OSError("hf_of_the_environment")):
+        with pytest.raises(SystemExit):
+            z.run_or_exit(lambda cfg: z.require(False, str(error)), cfg)
+        assert capsys.readouterr().err in ("error: for ***\n", "error: ***\n")
+    assert "hf_of" not in repr(cfg) and "hf_of" not in json.dumps(z.shareable_settings(cfg))
+
+
+def test_pictures_cannot_be_named_outside_the_data_folder(make_config, pictures, tmp_path):
+    draw(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png")):
+        (pictures / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+        with pytest.raises(UserError, match="metadata.jsonl, line 1 names .*secret.png, which is no picture there"):
+            z.plan_samples(make_config(), pictures)
+
+
+def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
+    cfg = make_config(max_train_steps=10, cache_dir=str(tmp_path / "cache"), on_nan="skip", checkpointing_steps=4)
+    run(dataclasses.replace(cfg, max_train_steps=1, output_dir=str(tmp_path / "first")))
+    spoilt = min((tmp_path / "cache").rglob("latents/*.safetensors"))
+    save_file({"latents": torch.full_like(load_file(spoilt)["latents"], math.nan)}, spoilt)
+    run(cfg)
+    printed, rows = capsys.readouterr().out, metrics_of(cfg)
+    skipped = [row["step"] for row in rows if row.get("is_skipped")]
+    assert len(skipped) == 2 and len(rows) == 10 and "2 steps were skipped" in printed
+    assert all((rows[step - 1]["loss"], rows[step - 1]["grad_norm"]) == (None, None) for step in skipped)
+    assert re.search(
+        rf"step {skipped[0]}: the loss is nan, .* with \S+/\d.png at sigma 0.\d+; the step is skipped", printed
+    )
+    half = dataclasses.replace(cfg, output_dir=str(tmp_path / "half"), max_train_steps=4)
+    run(half)
+    run(dataclasses.replace(half, max_train_steps=10, resume_from_checkpoint="latest"))
+    assert lora_bytes(half) == lora_bytes(cfg) and metrics_of(half) == rows
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        run(dataclasses.replace(cfg, on_nan="stop", output_dir=str(tmp_path / "stops")))
+
+
+# =====================================================================================================================
 # Sampling
 # =====================================================================================================================
 
@@ -2512,13 +3079,13 @@ def test_the_file_gives_the_pictures_of_the_final_validation(alpha, make_config,
 def test_validation_leaves_the_model_and_the_random_state_alone(make_config, model):
     cfg = make_config(validation_prompt=("a",), lora_dropout=0.5)
     accelerator, encodings = z.make_accelerator(cfg), encodings_of(cfg, model)
-    z.fill_prompts_cache(["a", ""], model, encodings, cfg, accelerator)
+    z.fill_prompts_cache(["a", ""], encodings, cfg, accelerator)
     transformer, _ = with_lora(model, cfg, b_std=0.5)
     transformer = accelerator.prepare(transformer.train())
     before, addresses = torch.get_rng_state(), {name: p.data_ptr() for name, p in transformer.named_parameters()}
     pictures = []
     for step in (1, 2):
-        z.validate(cfg, accelerator, transformer, model, encodings, step)
+        z.validate(cfg, accelerator, transformer, encodings, step, z.StopRequest(None))
         pictures.append((z.validation_folder(cfg, step) / "0-0.png").read_bytes())
     assert torch.equal(torch.get_rng_state(), before) and transformer.training
     assert {name: p.data_ptr() for name, p in transformer.named_parameters()} == addresses
@@ -2652,7 +3219,8 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
 def test_wandb(workplace, model):
     """A real offline run holds the scalars of every step and captioned pictures, and no secret."""
     flags = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p", "--rank=2"]
-    flags += ["--report_to=wandb", "--hub_token=hf_secret", "--validation_prompt=a sks dog, 一只sks狗", *SMALL.split()]
+    flags += ["--report_to=wandb", "--hub_token=hf_secret", "--validation_prompt=a sks dog, 一只sks狗"]
+    flags += SMALL.split()
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_HOME": str(workplace / "hf")}
     done = run_script(*flags, cwd=workplace, env=os.environ | env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -2767,7 +3335,8 @@ def schedule_of(cfg):
 
 def validation_times(cfg):
     """Steps with pictures."""
-    return [step for step in range(300) if schedule_of(cfg).is_validation_step(step)]
+    schedule = schedule_of(dataclasses.replace(cfg, max_train_steps=300))
+    return [step for step in range(300) if schedule.is_validation_step(step)]
 
 
 def augmentations(cfg):

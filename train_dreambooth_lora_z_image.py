@@ -3,16 +3,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.13.0",
-#     "diffusers>=0.42.1",
-#     "transformers>=5.24.0",
-#     "peft>=0.21.2",
-#     "accelerate>=1.15.0",
-#     "torchao>=0.18.0",
-#     "bitsandbytes>=0.50.2",
-#     "prodigyopt>=1.1.2",
-#     "wandb>=0.31.0",
-#     "huggingface_hub>=2.4.0",
+#     "torch>=2.13.0", "diffusers>=0.42.1", "transformers>=5.24.0", "peft>=0.21.2", "accelerate>=1.15.0",
+#     "torchao>=0.18.0", "bitsandbytes>=0.50.2", "prodigyopt>=1.1.2", "wandb>=0.31.0", "huggingface_hub>=2.4.0",
 #     "Pillow>=13.0.0",
 # ]
 # ///
@@ -59,7 +51,10 @@ import os
 import random
 import re
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
 import types
 import typing
@@ -83,6 +78,14 @@ class UserError(ValueError):
     """Say what the user can mend: one sentence that names the flag or the file, and the remedy."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Say that the run has been asked to stop, and how to continue it; holds the number of the signal."""
+
+    def __init__(self, sentence: str, number: int) -> None:
+        super().__init__(f"{sentence}; continue with the same command and --resume_from_checkpoint latest")
+        self.number = number
+
+
 def require(condition: bool, sentence: str) -> None:
     """Refuse with a sentence unless the condition holds."""
     if not condition:
@@ -94,15 +97,22 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
     """Turn the errors of a library, each of which raises its own, into a sentence: what failed, why, the remedy."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"{what}: {reason}{remedy and '; '}{remedy}") from error
 
 
-def say(text: str, everywhere: bool = False) -> None:
+def printable(text: str) -> str:
+    """Put a text on one line: newlines, terminal codes and halves of letters, as file names have them, are escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def say(*lines: str, everywhere: bool = False) -> None:
     """Print for a person, from the first process only unless told otherwise, without tearing a progress bar."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        tqdm.write(text, file=sys.stdout)
+    for line in lines if everywhere or os.environ.get("RANK", "0") == "0" else ():
+        tqdm.write(printable(line), file=sys.stdout)
 
 
 BOUNDS = {
@@ -311,7 +321,11 @@ class TrainingConfig(Settings):
     mixed_precision: Precision = flag("bf16", "Of the frozen weights and the maths; no is fp32, fp16 is refused.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step has one too.", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Keep only the newest checkpoints.", at_least=1)
+    checkpointing_minutes: float | None = flag(None, "Minutes between checkpoints, besides those by steps.", above=0)
+    max_train_minutes: float | None = flag(None, "Stop after this time, with a checkpoint to continue from.", above=0)
     resume_from_checkpoint: str | None = flag(None, "Continue from 'latest' or from a checkpoint folder.")
+    resume_anyway: bool = flag(False, "Continue with other data or settings than the checkpoint was made with.")
+    on_nan: Literal["stop", "skip"] = flag("stop", "Where loss or gradient is not finite: stop, or skip the step.")
     local_rank: int | None = flag(None, "Accepted for old commands, without effect.")
 
     def check(self) -> None:
@@ -407,7 +421,8 @@ class Config(
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
-            require(matches(value, hint), f"--{field.name} does not take {value!r}; it takes {describe_type(hint)}")
+            kind = " or ".join(re.findall(r"'(\w+)'", str(hint))) or str(hint)
+            require(matches(value, hint), f"--{field.name} does not take {value!r}; it takes {kind}")
             require(
                 value != "" or field.name.endswith("prompt"), f"--{field.name} is empty; give a value or leave it out"
             )
@@ -437,16 +452,6 @@ def matches(value: Any, hint: Any) -> bool:
 def is_text(value: str) -> bool:
     """Tell whether a string can be written as UTF-8; bytes that were none come from a shell as lone surrogates."""
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
-
-
-TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-
-
-def describe_type(hint: Any) -> str:
-    """Name a type as a user would: 'a whole number', 'bf16 or no'."""
-    options = [option for option in typing.get_args(hint) if option is not types.NoneType and option is not ...]
-    names = [option if isinstance(option, str) else describe_type(option) for option in options]
-    return "a list of texts" if typing.get_origin(hint) is tuple else " or ".join(names) or TYPE_NAMES[hint]
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -606,15 +611,34 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
 
 
+def sync(path: Path) -> None:
+    """Have a file or a folder written to the disk now."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a file or folder that is whole its name, for good."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there: temporary name, sync, rename. All but metrics.jsonl is written so."""
+    """Write a file that is whole or not there. All but metrics.jsonl is written so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        put_in_place(temporary, path)
+    except BaseException:  # a full disk, a signal: leave nothing behind
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # =====================================================================================================================
@@ -737,13 +761,9 @@ def make_buckets(resolution: int) -> list[tuple[int, int]]:
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:
     """Pick the bucket of the nearest aspect ratio on a logarithmic scale; among equals, of the nearest area."""
     height, width = size
-    return min(
-        buckets,
-        key=lambda bucket: (
-            round(abs(math.log(height / width) - math.log(bucket[0] / bucket[1])), 9),
-            abs(math.log(height * width) - math.log(bucket[0] * bucket[1])),
-        ),
-    )
+    aspects = [round(abs(math.log(height / width) - math.log(bucket[0] / bucket[1])), 9) for bucket in buckets]
+    areas = [abs(math.log(height * width) - math.log(bucket[0] * bucket[1])) for bucket in buckets]
+    return min(zip(aspects, areas, buckets))[2]
 
 
 def choose_bucket(size: tuple[int, int], cfg: DataConfig) -> tuple[int, int] | None:
@@ -950,9 +970,10 @@ class Schedule:
         return step * self.total_batch / self.epoch_examples
 
     def is_validation_step(self, step: int) -> bool:
-        """Tell whether pictures are due after `step` steps: at the start, and when an interval has been completed."""
+        """Tell whether pictures are due after `step` steps: at the start, and whenever an interval is complete."""
         done, before = step * self.total_batch, (step - 1) * self.total_batch
-        return step == 0 or done // self.validation_interval > before // self.validation_interval
+        is_complete = done // self.validation_interval > before // self.validation_interval
+        return step < self.max_train_steps and (step == 0 or is_complete)
 
 
 def make_schedule(
@@ -966,14 +987,10 @@ def make_schedule(
     by_epochs = math.ceil((cfg.num_train_epochs or 0) * epoch_examples / total_batch)
     by_steps = cfg.validation_steps and cfg.validation_steps * total_batch
     return Schedule(
-        micro_batch=micro_batch,
-        total_batch=total_batch,
-        epoch_examples=epoch_examples,
-        max_train_steps=cfg.max_train_steps or by_epochs or 1500,
+        micro_batch=micro_batch, total_batch=total_batch, epoch_examples=epoch_examples, first_step=first_step,
+        max_train_steps=cfg.max_train_steps or by_epochs or 1500, timestep_shift=timestep_shift,
         validation_interval=by_steps or cfg.validation_epochs * epoch_examples,
-        timestep_shift=timestep_shift,
-        first_step=first_step,
-    )
+    )  # fmt: skip
 
 
 def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> collections.Counter[int]:
@@ -1066,45 +1083,91 @@ def training_side(cfg: DataConfig) -> int:
 RUN_FILES = ("pytorch_lora_weights.safetensors", "config.json", "metrics.jsonl", "README.md")
 
 
+CHECKPOINT_FILES = ("lora.safetensors", "optimizer.safetensors", "state.json")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint to continue from, whose manifest holds."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint of this program, intact or not, and not one of diffusers' script."""
+    is_named_so = re.fullmatch(r"checkpoint-\d+", path.name) is not None and not path.is_symlink()
+    return is_named_so and any(os.path.isfile(path / name) for name in ("manifest.json", *CHECKPOINT_FILES))
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """List the complete checkpoints of a run, oldest first; other names are not ours and are left alone."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in folders if (path / "state.json").is_file()), key=lambda path: int(path.name[11:]))
+    """List the checkpoints of a run, oldest first; other names are not ours and are left alone."""
+    return sorted(filter(is_checkpoint, output_dir.glob("checkpoint-*")), key=lambda path: int(path.name[11:]))
 
 
-def find_checkpoint(cfg: Config) -> Path | None:
-    """Resolve `--resume_from_checkpoint`: a folder anywhere, or the newest one of this run; None starts afresh."""
-    if cfg.resume_from_checkpoint is None:
-        return None
-    if cfg.resume_from_checkpoint == "latest":
-        return next(reversed(list_checkpoints(Path(cfg.output_dir))), None)
-    for folder in (Path(cfg.output_dir, cfg.resume_from_checkpoint), Path(cfg.resume_from_checkpoint)):
-        if os.path.isfile(folder / "state.json"):
-            return folder
-    raise UserError(
-        f"--resume_from_checkpoint {cfg.resume_from_checkpoint} is no checkpoint of this program (no state.json); "
-        "name a folder checkpoint-N, or 'latest'"
-    )
+def file_entry(content: bytes) -> dict[str, Any]:
+    """Describe a file as a manifest does."""
+    return {"bytes": len(content), "sha256": sha256(content)}
 
 
-def read_checkpoint(cfg: Config) -> dict[str, Any]:
-    """Read the state of the checkpoint to continue from, if there is one. Raises UserError if it does not fit."""
-    checkpoint = find_checkpoint(cfg)
-    if checkpoint is None:
-        return {}
-    damage = f"--resume_from_checkpoint: {checkpoint} is damaged; name another one"
+def is_intact(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint's files are on disk as its manifest says."""
     try:
-        state = json.loads(read_text(checkpoint / "state.json"))
-        settings = {name: state["settings"][name] for name in ("rank", "lora_alpha", "lora_layers", "optimizer")}
-        is_good = state["step"] >= 0 and isinstance(state["optimizer"], dict) and len(state["param_groups"]) == 1
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(damage) from error
-    require(is_good and is_whole(checkpoint / "lora.safetensors"), damage)
-    require(is_whole(checkpoint / "optimizer.safetensors"), damage)
-    for name, value in settings.items():
-        mine = getattr(cfg, name)
-        require(mine == value, f"--{name} {mine} does not fit {checkpoint}, which has {value}; give the same value")
-    return state
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+        return manifest == {name: file_entry((checkpoint / name).read_bytes()) for name in CHECKPOINT_FILES}
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def find_checkpoint(cfg: Config) -> Checkpoint | None:
+    """Resolve `--resume_from_checkpoint`: a folder anywhere, or the newest intact one here; None starts afresh."""
+    name, output = cfg.resume_from_checkpoint, Path(cfg.output_dir)
+    if name is None:
+        return None
+    found = list_checkpoints(output) if name == "latest" else [output / name, Path(name)]
+    found = [path for path in found if os.path.isdir(path)]
+    if name == "latest" and not found:
+        return None
+    require(bool(found), f"--resume_from_checkpoint {name} is no folder; name a checkpoint-N, or 'latest'")
+    intact = next(filter(is_intact, reversed(found)), None)
+    what = (
+        "every checkpoint is damaged"
+        if name == "latest"
+        else f"{found[0]} is damaged or no checkpoint of this program"
+    )
+    require(intact is not None, f"--resume_from_checkpoint {name}: {what}; name another one or --overwrite_output_dir")
+    with explained(f"--resume_from_checkpoint: {intact} is none of this program's", "name another one"):
+        state = json.loads(read_text(intact / "state.json"))
+        return Checkpoint(intact, int(state["step"]), state)
+
+
+def describe_run(cfg: Config, samples: list[Sample], schedule: Schedule) -> dict[str, Any]:
+    """List what a checkpoint is bound to: the examples that come next, and what is trained."""
+    bound = (
+        "seed", "rank", "lora_layers", "lora_alpha", "optimizer", "resolution", "repeats", "center_crop",
+        "random_flip", "cache_latents", "gradient_accumulation_steps",
+    )  # fmt: skip
+    contents = [(sample.digest, sample.bucket, sample.prompt, sample.is_prior) for sample in samples]
+    pictures = [
+        f"{sha256(json.dumps(content).encode())} {sample.path.name}" for sample, content in zip(samples, contents)
+    ]
+    settings = {f"--{name}": getattr(cfg, name) for name in bound}
+    return settings | {"--train_batch_size x processes": schedule.micro_batch, "pictures": pictures}
+
+
+def check_continuity(cfg: Config, checkpoint: Checkpoint, run: dict[str, Any]) -> None:
+    """Refuse to continue with other data or settings than the checkpoint's, unless that is possible and meant."""
+    before = checkpoint.state["run"]
+    changed = {name: f"{name} {run[name]} (was {before[name]})" for name in run if run[name] != before[name]}
+    if "pictures" in changed:
+        names = sorted({line[65:] for line in set(run["pictures"]) ^ set(before["pictures"])})
+        changed["pictures"] = f"pictures: {', '.join(names[:10]) or 'in another order'}{', ...' * (len(names) > 10)}"
+    is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer"}
+    require(
+        not changed or (is_possible and cfg.resume_anyway),
+        f"{checkpoint.folder} was made with other settings or data: {'; '.join(changed.values())}. Give the same again"
+        f"{', or --resume_anyway if the change is meant' * is_possible}",
+    )
 
 
 def is_whole(path: Path) -> bool:
@@ -1128,18 +1191,18 @@ def check_output(cfg: Config) -> None:
         cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir,
         "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two",
     )
-    read_checkpoint(cfg)
+    checkpoint = find_checkpoint(cfg)
     settings, checkpoints = read_own_config(output), list_checkpoints(output)
     present = [name for name in RUN_FILES if os.path.exists(output / name)]
     foreign = present if "environment" not in settings and not checkpoints else []
-    foreign += sorted(path.name for path in output.glob("checkpoint-*") if is_foreign_checkpoint(path))
+    numbered = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    foreign += sorted(path.name for path in numbered if path not in checkpoints)
     require(
         not foreign,
         f"--output_dir {output} holds {', '.join(foreign)}, which this program did not write; name another folder",
     )
     is_demo = cfg.demo and settings.get("demo") is True
-    checkpoint = find_checkpoint(cfg)
-    is_resumed = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+    is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
     require(
         (RUN_FILES[0] not in present and not checkpoints) or is_demo or is_resumed or cfg.overwrite_output_dir,
         f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest if it has "
@@ -1147,19 +1210,12 @@ def check_output(cfg: Config) -> None:
     )
 
 
-def is_foreign_checkpoint(path: Path) -> bool:
-    """Tell whether something has the name of a checkpoint and is none of ours, such as one of diffusers' script."""
-    is_ours = path.is_dir() and not path.is_symlink() and (path / "state.json").is_file()
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and not is_ours
-
-
 def read_own_config(output: Path) -> dict[str, Any]:
     """Read the config.json of an earlier run in a folder; empty if there is none."""
     try:
-        settings = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object("", output / "config.json")
+    except UserError:
         return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def check_model(cfg: ModelConfig) -> None:
@@ -1199,11 +1255,9 @@ def check_components(model: Path, variant: str | None) -> None:
         for path in weights:
             require(is_whole(path), f"{path} is damaged or was not downloaded to its end; {advice}")
         for path in sorted((model / component).glob("*.json")):
-            try:
+            with explained(f"{path} is damaged", advice):
                 content = json.loads(read_text(path))
                 shards = set(content["weight_map"].values()) if path.name.endswith(".index.json") else set()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path} is damaged; {advice}") from error
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
             require(not missing, f"{model}/{component} lacks {', '.join(missing)}; {advice}")
     vocabularies = [model / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
@@ -1315,13 +1369,15 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
     """Run a part of the program; an error that the user can mend ends it with its sentence, not with a traceback."""
     try:
         conductor(cfg)
-    except (UserError, FloatingPointError, OSError) as error:  # OSError: a disk that is full or may not be written
+    except (UserError, FloatingPointError, OSError, Stopped) as error:  # OSError: a disk is full, or not ours to write
+        sentence, status = (str(error), 128 + error.number) if isinstance(error, Stopped) else (f"error: {error}", 2)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
-            print(redact(f"error: {error}", cfg), file=sys.stderr)
-        sys.exit(2)
+            print(printable(redact(sentence, cfg)), file=sys.stderr)
+        sys.exit(status)
 
 
 RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when pasted into a notebook cell
+PARENT = os.getppid()  # before the imports, during which it may die
 if RUN_AS_SCRIPT:
     CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once
     sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # wandb records them
@@ -1331,20 +1387,19 @@ logging.disable(logging.WARNING)  # torchao and diffusers report kernels and ten
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
+from accelerate.utils import reduce as reduce_tensor
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from diffusers.optimization import get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
-from diffusers.training_utils import (
-    cast_training_params,
-    compute_density_for_timestep_sampling,
-    free_memory,
-)
+from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling, free_memory
 from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weights
 from diffusers.utils import logging as diffusers_logging
+from filelock import FileLock, Timeout  # torch depends on it
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from peft import LoraConfig
 from safetensors import safe_open
@@ -1352,6 +1407,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
@@ -1391,6 +1447,7 @@ class Batch(NamedTuple):
 class Encodings:
     """Where encodings lie on disk; each name is a hash of everything that its content depends on."""
 
+    model: Path
     folder: Path
     text_encoder: tuple[Any, ...]
     vae: tuple[Any, ...]
@@ -1447,10 +1504,9 @@ def identify_encodings(cfg: Config, model: Path, accelerator: Accelerator) -> En
         text_encoder = [*identify(model / "tokenizer", cfg), *identify(model / "text_encoder", cfg)]
         vae = identify(model / "vae", cfg)
     return Encodings(
-        folder=encodings_folder(cfg),
+        model=model, folder=encodings_folder(cfg), vae=(ENCODING_VERSION, vae, cfg.mixed_precision),
         text_encoder=(ENCODING_VERSION, text_encoder, cfg.max_sequence_length, cfg.mixed_precision),
-        vae=(ENCODING_VERSION, vae, cfg.mixed_precision),
-    )
+    )  # fmt: skip
 
 
 class TextEncoder(NamedTuple):
@@ -1471,11 +1527,6 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(origin)
 
 
-def home(cfg: HardwareConfig, device: torch.device) -> torch.device:
-    """Choose where text encoder and VAE live: on the device, with `--offload` in host memory."""
-    return torch.device("cpu") if cfg.offload else device
-
-
 def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEncoder:
     """Load what prompts are encoded with.
 
@@ -1490,7 +1541,9 @@ def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEnc
         model / "text_encoder", config=config, variant=cfg.variant, dtype=DTYPES[cfg.mixed_precision]
     )
     text_encoder.norm = nn.Identity()
-    return TextEncoder(AutoTokenizer.from_pretrained(model / "tokenizer"), text_encoder.eval().to(home(cfg, device)))
+    return TextEncoder(
+        AutoTokenizer.from_pretrained(model / "tokenizer"), text_encoder.eval().to("cpu" if cfg.offload else device)
+    )
 
 
 @torch.no_grad()
@@ -1501,11 +1554,9 @@ def encode_prompt(encoder: TextEncoder, prompt: str, max_sequence_length: int) -
     )
     tokens = encoder.tokenizer(chat).input_ids
     if len(tokens) > max_sequence_length:
-        lost = encoder.tokenizer.decode(tokens[max_sequence_length:])
-        say(
-            f"warning: --max_sequence_length {max_sequence_length} of {len(tokens)} tokens; cut off: {lost[:200]!r}",
-            True,
-        )
+        lost = encoder.tokenizer.decode(tokens[max_sequence_length:])[:200]
+        limit = f"--max_sequence_length {max_sequence_length} of {len(tokens)} tokens"
+        say(f"warning: {limit}; cut off: {lost!r}", everywhere=True)
     input_ids = torch.tensor([tokens[:max_sequence_length]], device=encoder.model.device)  # (1, L)
     return encoder.model(input_ids=input_ids).last_hidden_state[0]
 
@@ -1514,7 +1565,7 @@ def load_vae(model: Path, cfg: Config, device: torch.device) -> AutoencoderKL:
     """Load the VAE."""
     dtype = DTYPES[cfg.mixed_precision]
     vae = AutoencoderKL.from_pretrained(model / "vae", variant=cfg.variant, torch_dtype=dtype)
-    return vae.eval().to(home(cfg, device))
+    return vae.eval().to("cpu" if cfg.offload else device)
 
 
 @torch.no_grad()
@@ -1549,6 +1600,11 @@ def draw_augmentation(cfg: Config, number: int) -> Augmentation:
     chance = random.Random(derive_seed(cfg.seed, "augmentation", number))
     is_flipped, centering = chance.random() < 0.5, (chance.random(), chance.random())
     return Augmentation(is_flipped and cfg.random_flip, CENTRE if cfg.center_crop else centering)
+
+
+def noise_seed(cfg: TrainingConfig, number: int) -> int:
+    """Choose the seed of the noise and the noise level of the `number`-th example."""
+    return derive_seed(cfg.seed, "noise", number)
 
 
 def load_pixels(sample: Sample, augmentation: Augmentation) -> Tensor:
@@ -1586,8 +1642,8 @@ def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **o
     return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whose bytes depend on its content only.
+def tensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Encode tensors as a safetensors file whose bytes depend on its content only.
 
     safetensors 0.8 writes its `__metadata__` in random order, so the header is sorted and padded to 8 bytes again.
     """
@@ -1598,31 +1654,27 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write_file(path, len(text).to_bytes(8, "little") + text + content[8 + length :])
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def fill_prompts_cache(
-    prompts: list[str], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator
-) -> None:
+def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
     """Encode the prompts that are not on disk yet; only then is the text encoder loaded, and freed again."""
     missing = [prompt for prompt in dict.fromkeys(prompts) if not is_whole(encodings.prompt(prompt))]
     if not missing:
         say(f"prompts: all {len(set(prompts))} come from the cache, the text encoder is not loaded")
     mine = share_of(missing, accelerator)
     if mine:
-        encoder = load_text_encoder(model, cfg, accelerator.device)
+        encoder = load_text_encoder(encodings.model, cfg, accelerator.device)
         with visiting(encoder.model, accelerator.device):
             for prompt in progress_bar(mine, "encoding prompts", accelerator):
                 embedding = encode_prompt(encoder, prompt, cfg.max_sequence_length)
-                save_tensors(encodings.prompt(prompt), {"prompt_embeds": embedding})
+                write_file(encodings.prompt(prompt), tensors_bytes({"prompt_embeds": embedding}))
         del encoder
         free_memory()
     accelerator.wait_for_everyone()
 
 
-def fill_latents_cache(
-    samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator
-) -> None:
+def fill_latents_cache(samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
     """Encode the pictures that are not on disk yet, with mirror images if wanted; only then is the VAE loaded."""
     wanted = [(sample, is_flipped) for sample in samples for is_flipped in (False, True)[: 1 + cfg.random_flip]]
     missing = [job for job in wanted if not is_whole(encodings.latents(*job))]
@@ -1630,14 +1682,23 @@ def fill_latents_cache(
         say(f"latents: all {len(wanted)} come from the cache, the VAE is not loaded for training")
     mine = share_of(missing, accelerator)
     if mine:
-        vae = load_vae(model, cfg, accelerator.device)
+        vae = load_vae(encodings.model, cfg, accelerator.device)
         for sample, is_flipped in progress_bar(mine, "encoding pictures", accelerator):
             pixels = load_pixels(sample, Augmentation(is_flipped, CENTRE))[None]
             latents = encode_images(vae, pixels, accelerator.device)[0]
-            save_tensors(encodings.latents(sample, is_flipped), {"latents": latents})
+            write_file(encodings.latents(sample, is_flipped), tensors_bytes({"latents": latents}))
         del vae
         free_memory()
     accelerator.wait_for_everyone()
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave the signals of the whole group to the main process, which ends its workers when it is done."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainingExamples(Dataset):
@@ -1653,7 +1714,7 @@ class TrainingExamples(Dataset):
         else:
             image = load_pixels(sample, augmentation)
         prompt_embeds = load_file(self.encodings.prompt(sample.prompt))["prompt_embeds"]
-        return Example(derive_seed(self.cfg.seed, "noise", draw.number), image, prompt_embeds, sample.is_prior)
+        return Example(noise_seed(self.cfg, draw.number), image, prompt_embeds, sample.is_prior)
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -1663,28 +1724,22 @@ def collate(examples: list[Example]) -> Batch:
 
 
 def make_batches(
-    samples: list[Sample], model: Path, encodings: Encodings, cfg: Config, accelerator: Accelerator, step: int
+    samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator, step: int
 ) -> Iterator[Batch]:
     """Yield this process's slice of every micro-batch after optimizer step `step`, without end, on the device."""
     size, rank = cfg.train_batch_size, accelerator.process_index
     batches = micro_batches(samples, cfg, size * accelerator.num_processes)
     batches = itertools.islice(batches, step * cfg.gradient_accumulation_steps, None)
+    mine = (batch[rank * size : (rank + 1) * size] for batch in batches)
     loader = DataLoader(
-        TrainingExamples(samples, encodings, cfg),
-        batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
-        collate_fn=collate,
-        num_workers=cfg.dataloader_num_workers,
+        TrainingExamples(samples, encodings, cfg), batch_sampler=mine, collate_fn=collate,
+        num_workers=cfg.dataloader_num_workers, worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else the loader would draw from the global one
-    )
-    vae = None if cfg.cache_latents else load_vae(model, cfg, accelerator.device)
+    )  # fmt: skip
+    vae = None if cfg.cache_latents else load_vae(encodings.model, cfg, accelerator.device)
     for batch in loader:
         latents = batch.latents if vae is None else encode_images(vae, batch.latents, accelerator.device)
-        yield Batch(
-            seeds=batch.seeds,
-            latents=latents.to(accelerator.device),
-            prompt_embeds=[embedding.to(accelerator.device) for embedding in batch.prompt_embeds],
-            is_prior=batch.is_prior.to(accelerator.device),
-        )
+        yield send_to_device(batch._replace(latents=latents), accelerator.device)
 
 
 # =====================================================================================================================
@@ -1905,27 +1960,24 @@ def add_lora(
     """Add a LoRA in fp32 to the named layers, the same on every process; returns what is trained."""
     torch.manual_seed(seed)
     settings = LoraConfig(
-        r=cfg.rank,
-        lora_alpha=cfg.rank if cfg.lora_alpha is None else cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
+        r=cfg.rank, lora_alpha=cfg.lora_alpha or cfg.rank, lora_dropout=cfg.lora_dropout, target_modules=layers,
         init_lora_weights="gaussian",
-        target_modules=layers,
-    )
+    )  # fmt: skip
     transformer.add_adapter(settings)
     cast_training_params(transformer, torch.float32)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def describe_lora(transformer: nn.Module, layers: list[str], cfg: LoraSettings) -> str:
+def describe_lora(transformer: nn.Module, layers: list[str], cfg: LoraSettings) -> list[str]:
     """Tell how much is frozen and trained, and how strongly it counts."""
     frozen = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
     size = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
     count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    return (
-        f"transformer: {size / 1e9:.3g} GB of frozen weights\n"
+    return [
+        f"transformer: {size / 1e9:.3g} GB of frozen weights",
         f"LoRA: {count:,} trainable parameters in {len(layers)} layers, rank {cfg.rank}, "
-        f"effective scale alpha / rank = {cfg.lora_scale:g}"
-    )
+        f"effective scale alpha / rank = {cfg.lora_scale:g}",
+    ]
 
 
 # =====================================================================================================================
@@ -1959,13 +2011,9 @@ def sample_sigmas(seeds: list[int], cfg: ObjectiveConfig, shift: float) -> Tenso
     The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
     a positive logit_mean therefore means more noise. Levels below 1/1000 are raised to it: sigma_sqrt divides by them.
     """
-    draws = [
-        compute_density_for_timestep_sampling(
-            cfg.weighting_scheme, 1, cfg.logit_mean, cfg.logit_std, cfg.mode_scale,
-            generator=torch.Generator().manual_seed(derive_seed(seed, "sigma")),
-        )
-        for seed in seeds
-    ]  # fmt: skip
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "sigma")) for seed in seeds]
+    density = (cfg.weighting_scheme, 1, cfg.logit_mean, cfg.logit_std, cfg.mode_scale)
+    draws = [compute_density_for_timestep_sampling(*density, generator=generator) for generator in generators]
     return shift_sigmas(torch.cat(draws), shift).clamp(1e-3, 1.0)
 
 
@@ -2010,6 +2058,77 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, sh
 # =====================================================================================================================
 
 
+def anyone(condition: bool) -> bool:
+    """Tell whether a condition holds on any process; all must ask together."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return condition
+    return bool(reduce_tensor(torch.tensor(float(condition), device=state.device), "sum"))
+
+
+class StopRequest:
+    """What asks the run to stop: a signal, the end of its launcher, or of `--max_train_minutes`.
+
+    It raises `Stopped` at once, for every file is whole at every moment. While `is_deferred`, as in training, where a
+    checkpoint can be saved first, it waits until all processes, of which one is enough, agree on a place to stop.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self.number, self.reason, self.is_deferred = 0, "", False
+        self.parent = PARENT if RUN_AS_SCRIPT else os.getppid()
+        self.deadline = time.monotonic() + 60 * (minutes or math.inf)
+        self.is_over, self.handlers = threading.Event(), {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # signals are for no other
+            self.handlers = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
+            threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.is_over.set()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: Any) -> None:
+        """Take a signal; a second SIGINT ends the process where it stands."""
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        self.number, self.reason = self.number or number, self.reason or signal.Signals(number).name
+        if not self.is_deferred:
+            raise Stopped(f"stopped by {self.reason}", self.number)
+
+    def watch(self) -> None:
+        """Look every second whether the launcher has died or the time is up, and pass on what nobody has heard."""
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        while not self.is_over.wait(1):
+            if is_launched and os.getppid() != self.parent:
+                self.reason = self.reason or "the end of its launcher"
+            elif time.monotonic() > self.deadline:
+                self.reason = self.reason or "--max_train_minutes"
+            if self.reason and not (self.number and self.is_deferred):
+                os.kill(os.getpid(), self.number or signal.SIGTERM)
+
+    def is_agreed(self) -> bool:
+        """Tell whether any process has been asked to stop; all must ask together."""
+        if anyone(self.number > 0):
+            self.number, self.reason = self.number or signal.SIGTERM, self.reason or "another process"
+        return self.number > 0
+
+    def ends(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches on until the run is to stop."""
+        for batch in batches:
+            yield batch
+            if self.is_agreed():
+                return
+
+    def on_step_end(self, pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Stop between two denoising steps; all processes must draw equally many."""
+        if self.is_agreed():
+            raise Stopped(f"stopped by {self.reason}", self.number)
+        return tensors
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Collect a tensor that FSDP has spread over the processes, all of which must call this; others stay as is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -2026,13 +2145,14 @@ def train(
     cfg: Config,
     accelerator: Accelerator,
     transformer: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Iterator[Batch],
+    samples: list[Sample],
     schedule: Schedule,
 ) -> Iterator[dict[str, float]]:
     """Run the loop, yielding metrics after every optimizer step; saving and sampling happen at the caller's.
 
-    Raises FloatingPointError, before the weights move, when the loss or the gradient is not finite.
+    It ends early when the batches do. Raises FloatingPointError, before the weights move, if the loss is not finite.
     """
     learning_rate_at = make_learning_rate(cfg, schedule)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -2045,26 +2165,28 @@ def train(
                 loss = training_loss(transformer, batch, cfg, schedule.timestep_shift)
                 accelerator.backward(loss)
             losses.append(loss.detach())
+        if len(losses) < cfg.gradient_accumulation_steps:
+            return  # the weights have not moved; whoever continues takes these batches again
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         grad_norm = float(whole(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)))
-        refuse_nan(loss, grad_norm, step + 1, cfg)
+        metrics = {"step": step + 1, "loss": loss, "grad_norm": grad_norm}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
-        optimizer.step()
+        if is_finite(metrics, samples, cfg, schedule):
+            optimizer.step()
+        else:
+            metrics["is_skipped"] = True
         optimizer.zero_grad()
         lr = learning_rate_at(step) * optimizer.param_groups[0].get("d", 1.0)  # Prodigy's rate counts times its d
-        seconds = round(time.perf_counter() - started, 3)
-        yield {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
+        yield metrics | {"lr": lr, "seconds": round(time.perf_counter() - started, 3)}
 
 
-def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> Optimizer:
     """Make the optimizer over the LoRA's fp32 parameters."""
     common = {
-        "lr": cfg.learning_rate,
-        "betas": (cfg.adam_beta1, cfg.adam_beta2),
-        "weight_decay": cfg.adam_weight_decay,
+        "lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2), "weight_decay": cfg.adam_weight_decay,
         "eps": cfg.adam_epsilon,
-    }
+    }  # fmt: skip
     if cfg.has_8bit_state:
         from bitsandbytes.optim import AdamW8bit
 
@@ -2073,15 +2195,10 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> torc
         return torch.optim.AdamW(parameters, **common)
     from prodigyopt import Prodigy
 
+    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+    own = {name: getattr(cfg, f"prodigy_{name}") for name in names}
     with contextlib.redirect_stdout(None):  # it prints a remark of its own
-        return Prodigy(
-            parameters,
-            **common,
-            beta3=cfg.prodigy_beta3,
-            decouple=cfg.prodigy_decouple,
-            use_bias_correction=cfg.prodigy_use_bias_correction,
-            safeguard_warmup=cfg.prodigy_safeguard_warmup,
-        )
+        return Prodigy(parameters, **common, **own)
 
 
 def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[int], float]:
@@ -2089,26 +2206,34 @@ def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[in
     peak = cfg.learning_rate * (schedule.total_batch if cfg.scale_lr else 1)
     placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
     scheduler = get_scheduler(
-        cfg.lr_scheduler,
-        placeholder,
-        step_rules=cfg.lr_step_rules,
-        num_warmup_steps=cfg.lr_warmup_steps,
-        num_training_steps=schedule.max_train_steps,
-        num_cycles=cfg.lr_num_cycles,
-        power=cfg.lr_power,
-    )
+        cfg.lr_scheduler, placeholder, cfg.lr_step_rules, num_warmup_steps=cfg.lr_warmup_steps,
+        num_training_steps=schedule.max_train_steps, num_cycles=cfg.lr_num_cycles, power=cfg.lr_power,
+    )  # fmt: skip
     return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
-def refuse_nan(loss: float, grad_norm: float, step: int, cfg: Config) -> None:
-    """Stop the run if its numbers are no longer finite, naming the last good checkpoint."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    checkpoints = list_checkpoints(Path(cfg.output_dir))
+def is_finite(metrics: dict[str, float], samples: list[Sample], cfg: Config, schedule: Schedule) -> bool:
+    """Tell whether a step's numbers are finite; if not, name its pictures and noise levels, on all processes.
+
+    Raises FloatingPointError, or with `--on_nan skip` returns False.
+    """
+    step, count = metrics["step"], cfg.gradient_accumulation_steps
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return True
+    batches = itertools.islice(micro_batches(samples, cfg, schedule.micro_batch), (step - 1) * count, step * count)
+    draws = [draw for batch in batches for draw in batch]
+    sigmas = sample_sigmas([noise_seed(cfg, draw.number) for draw in draws], cfg, schedule.timestep_shift)
+    examples = [f"{samples[draw.sample].path} at sigma {sigma:.3f}" for draw, sigma in zip(draws, sigmas)]
+    problem = f"step {step}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, with "
+    problem += ", ".join(examples)
+    if cfg.on_nan == "skip":
+        say(f"warning: {problem}; the step is skipped")
+        return False
+    checkpoints = [path for path in list_checkpoints(Path(cfg.output_dir)) if is_intact(path)]
     good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
     raise FloatingPointError(
-        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; the run stops, its weights unmoved; {good}. "
-        "A lower --learning_rate is the usual remedy"
+        f"{problem}; the run stops, its weights unmoved; {good}. "
+        "A lower --learning_rate is the usual remedy; --on_nan skip goes on without such steps"
     )
 
 
@@ -2162,42 +2287,38 @@ def unflatten(flat: dict[str, Any], parameters: list[nn.Parameter]) -> dict[int,
 
 
 def save_checkpoint(
-    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: Optimizer, step: int, run: dict[str, Any]
 ) -> None:
     """Write checkpoint-N: the LoRA and the optimizer in fp32 as safetensors, the rest as JSON, whole or not at all."""
     lora, state = lora_state_dict(unwrap(accelerator, transformer)), optimizer.state_dict()
     values = flatten(state["state"])
     tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
-    content = {
-        "step": step,
-        "optimizer": {name: value for name, value in values.items() if name not in tensors},
-        "param_groups": state["param_groups"],
-        "settings": shareable_settings(cfg),
-    }
-    if accelerator.is_main_process:
-        output = Path(cfg.output_dir)
-        folder, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.{uuid.uuid4().hex}.tmp"
-        save_tensors(temporary / "lora.safetensors", lora)
-        save_tensors(temporary / "optimizer.safetensors", tensors)
-        write_file(temporary / "state.json", json.dumps(content, indent=1).encode())
-        for path in (output / "metrics.jsonl", temporary):
-            sync(path)
-        os.replace(temporary, folder)
-        sync(output)
-        for old in list_checkpoints(output)[: -(cfg.checkpoints_total_limit or sys.maxsize)]:
-            remove_folder(old)
+    numbers = {name: value for name, value in values.items() if name not in tensors}
+    content = {"step": step, "run": run, "optimizer": numbers, "param_groups": state["param_groups"]}
+    files = (tensors_bytes(lora), tensors_bytes(tensors), json.dumps(content, indent=1).encode())
+    folder = Path(cfg.output_dir) / f"checkpoint-{step}"
+    if accelerator.is_main_process and not folder.exists():
+        write_checkpoint(folder, dict(zip(CHECKPOINT_FILES, files)))
+        for old in list_checkpoints(folder.parent)[: -(cfg.checkpoints_total_limit or sys.maxsize)]:
+            if is_intact(old):  # a damaged one is left for its owner to look at
+                remove_folder(old)
     accelerator.wait_for_everyone()
 
 
-def sync(path: Path) -> None:
-    """Have a file or a folder written to the disk now."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def write_checkpoint(folder: Path, files: dict[str, bytes]) -> None:
+    """Put files and their manifest in place, and read them back. Raises OSError if the disk does not give them."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    manifest = {name: file_entry(content) for name, content in files.items()}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for name, content in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+            write_file(temporary / name, content)
+        sync(folder.parent / "metrics.jsonl")
+        put_in_place(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if not is_intact(folder):
+        raise OSError(f"{folder} cannot be read back as it was written; check the disk")
 
 
 def remove_folder(folder: Path) -> None:
@@ -2209,23 +2330,24 @@ def remove_folder(folder: Path) -> None:
 
 
 def resume(
-    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint | None
 ) -> None:
-    """Put LoRA, optimizer and metrics back to where they were after `step` steps; 0 is the start."""
-    checkpoint = find_checkpoint(cfg)
+    """Put LoRA, optimizer and metrics back to where they were at the checkpoint, or at the start."""
+    step = 0 if checkpoint is None else checkpoint.step
     if checkpoint is not None:
-        load_checkpoint(checkpoint, read_checkpoint(cfg), unwrap(accelerator, transformer), optimizer)
-        say(f"continuing from {checkpoint}, after step {step}")
+        with explained(f"--resume_from_checkpoint: {checkpoint.folder} cannot be loaded", "name another one"):
+            load_checkpoint(checkpoint, unwrap(accelerator, transformer), optimizer)
+        say(f"continuing from {checkpoint.folder}, after step {step}")
     elif cfg.resume_from_checkpoint is not None:
         say(f"no checkpoint in {cfg.output_dir} yet: starting afresh")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", step)
         for later in list_checkpoints(Path(cfg.output_dir)):
-            if int(later.name[11:]) > step:  # else `latest` would continue what was given up
-                say(f"{later} is not continued; it is now called superseded-{later.name}")
-                remove_folder(later.with_name(f"superseded-{later.name}"))
-                os.replace(later, later.with_name(f"superseded-{later.name}"))
+            if int(later.name[11:]) > step:  # else `latest` would find it one day
+                aside = later.with_name(f"superseded-{later.name}-{uuid.uuid4().hex[:8]}")
+                say(f"{later} is {'not continued' if is_intact(later) else 'damaged'}; it is now called {aside.name}")
+                os.replace(later, aside)
 
 
 def unwrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
@@ -2233,17 +2355,17 @@ def unwrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
     return accelerator.unwrap_model(transformer, keep_torch_compile=False)
 
 
-def load_checkpoint(
-    checkpoint: Path, content: dict[str, Any], transformer: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Load LoRA and optimizer; settings of the optimizer stay as this run has them. Raises UserError on a misfit."""
-    lora, values = load_file(checkpoint / "lora.safetensors"), load_file(checkpoint / "optimizer.safetensors")
-    values |= content["optimizer"]
-    group, fresh = content["param_groups"][0], optimizer.state_dict()["param_groups"][0]
+def load_checkpoint(checkpoint: Checkpoint, transformer: nn.Module, optimizer: Optimizer) -> None:
+    """Load LoRA and optimizer; settings of the optimizer stay as this run has them. Raises on a misfit."""
+    lora, values = (load_file(checkpoint.folder / name) for name in CHECKPOINT_FILES[:2])
+    values |= checkpoint.state["optimizer"]
+    group, fresh = checkpoint.state["param_groups"][0], optimizer.state_dict()["param_groups"][0]
     counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
     numbers = {path.split(".")[0] for path in values}
     fits = lora.keys() == lora_tensors(transformer).keys() and numbers == set(map(str, fresh["params"]))
-    require(fits, f"--resume_from_checkpoint: {checkpoint} is damaged; name another one")
+    require(
+        fits, f"--resume_from_checkpoint: {checkpoint.folder} has other layers or another optimizer; name another one"
+    )
     load_lora(transformer, lora)
     state = unflatten(values, optimizer.param_groups[0]["params"])
     group = fresh | {name: value for name, value in group.items() if name in counted}
@@ -2261,6 +2383,7 @@ def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float]
     """Append one line to metrics.jsonl and tell the trackers."""
     step = metrics["step"]
     row = {"step": step, "epoch": round(schedule.epoch(step), 4)} | metrics
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
     if accelerator.is_main_process:
         with open(Path(cfg.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -2274,13 +2397,8 @@ def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float]
 
 def make_pipeline(transformer: nn.Module, model: Path) -> ZImagePipeline:
     """Put a transformer that is on the device into the official pipeline, which then draws latents."""
-    pipeline = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler"),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
+    pipeline = ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -2288,28 +2406,21 @@ def make_pipeline(transformer: nn.Module, model: Path) -> ZImagePipeline:
 def draw_pictures(
     pipeline: ZImagePipeline,
     vae: AutoencoderKL,
-    prompts: list[str],
-    seeds: list[int],
+    jobs: list[tuple[str, int]],
     side: int,
     encodings: Encodings,
     cfg: ValidationConfig,
+    on_step_end: Callable[..., dict[str, Any]] | None = None,
 ) -> list[Image.Image]:
-    """Draw one square picture per prompt and seed from cached embeddings; the global random state is not touched."""
+    """Draw one square picture per (prompt, seed) from cached embeddings; the global random state is not touched."""
     device, dtype = pipeline.device, pipeline.transformer.dtype
-    negative = [cfg.negative_prompt] * len(prompts) if cfg.guidance_scale > 0 else []
-    embeddings = [
-        load_file(encodings.prompt(prompt))["prompt_embeds"].to(device, dtype) for prompt in prompts + negative
-    ]
+    prompts = [prompt for prompt, _ in jobs] + [cfg.negative_prompt] * (len(jobs) if cfg.guidance_scale > 0 else 0)
+    embeddings = [load_file(encodings.prompt(prompt))["prompt_embeds"].to(device, dtype) for prompt in prompts]
     latents = pipeline(
-        prompt_embeds=embeddings[: len(prompts)],
-        negative_prompt_embeds=embeddings[len(prompts) :],
-        height=side,
-        width=side,
-        num_inference_steps=cfg.num_inference_steps,
-        guidance_scale=cfg.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-    ).images
+        prompt_embeds=embeddings[: len(jobs)], negative_prompt_embeds=embeddings[len(jobs) :], height=side, width=side,
+        num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale, output_type="latent",
+        generator=[torch.Generator().manual_seed(seed) for _, seed in jobs], callback_on_step_end=on_step_end,
+    ).images  # fmt: skip
     return decode_latents(vae, latents)
 
 
@@ -2321,21 +2432,20 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def generate_class_images(
-    samples: list[Sample], cfg: Config, model: Path, encodings: Encodings, accelerator: Accelerator
+    samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator
 ) -> list[Sample]:
     """Draw the missing class pictures with the untrained model, each from its own name, split over the processes."""
     mine = share_of([sample for sample in samples if not sample.digest], accelerator)
     if mine:
         dtype = DTYPES[cfg.prior_generation_precision]
-        transformer = load_transformer(model, cfg, dtype, accelerator.device).eval().to(accelerator.device)
-        pipeline, vae = make_pipeline(transformer, model), load_vae(model, cfg, accelerator.device)
+        transformer = load_transformer(encodings.model, cfg, dtype, accelerator.device).eval().to(accelerator.device)
+        pipeline = make_pipeline(transformer, encodings.model)
+        vae = load_vae(encodings.model, cfg, accelerator.device)
         groups = [mine[start : start + cfg.sample_batch_size] for start in range(0, len(mine), cfg.sample_batch_size)]
         for group in progress_bar(groups, "generating class pictures", accelerator):
-            seeds = [derive_seed(cfg.seed, "class picture", sample.path.name) for sample in group]
-            prompts = [sample.prompt for sample in group]
-            for sample, picture in zip(
-                group, draw_pictures(pipeline, vae, prompts, seeds, training_side(cfg), encodings, cfg)
-            ):
+            jobs = [(sample.prompt, derive_seed(cfg.seed, "class picture", sample.path.name)) for sample in group]
+            drawn = draw_pictures(pipeline, vae, jobs, training_side(cfg), encodings, cfg)
+            for sample, picture in zip(group, drawn):
                 write_file(sample.path, png_bytes(picture))
         del pipeline, transformer, vae
         free_memory()
@@ -2355,11 +2465,8 @@ def needed_prompts(samples: list[Sample], cfg: ValidationConfig) -> list[str]:
     """List the prompts the run will use; the negative one only where guidance will."""
     drawn = [*validation_prompts(cfg, is_final=False), *validation_prompts(cfg, is_final=True)]
     drawn += [sample.prompt for sample in samples if not sample.digest]
-    return [
-        *(sample.prompt for sample in samples),
-        *drawn,
-        *[cfg.negative_prompt] * bool(drawn and cfg.guidance_scale),
-    ]
+    negative = [cfg.negative_prompt] * bool(drawn and cfg.guidance_scale)
+    return [*(sample.prompt for sample in samples), *drawn, *negative]
 
 
 def validation_folder(cfg: OutputConfig, step: int) -> Path:
@@ -2371,9 +2478,9 @@ def validate(
     cfg: Config,
     accelerator: Accelerator,
     transformer: nn.Module,
-    model: Path,
     encodings: Encodings,
     step: int,
+    stop: StopRequest,
     is_final: bool = False,
 ) -> None:
     """Draw PROMPT-IMAGE.png from the live transformer, split over the processes, and put them on sheet.png."""
@@ -2383,10 +2490,12 @@ def validate(
     live = unwrap(accelerator, transformer).eval()
     if mine:
         say(f"step {step}: drawing {len(jobs)} pictures")
-        pipeline, vae = make_pipeline(live, model), load_vae(model, cfg, accelerator.device)
+        pipeline = make_pipeline(live, encodings.model)
+        vae = load_vae(encodings.model, cfg, accelerator.device)
         side = cfg.validation_resolution or training_side(cfg)
         for prompt, image in mine:
-            picture = draw_pictures(pipeline, vae, [prompts[prompt]], [cfg.seed + image], side, encodings, cfg)[0]
+            job = (prompts[prompt], cfg.seed + image)
+            picture = draw_pictures(pipeline, vae, [job], side, encodings, cfg, stop.on_step_end)[0]
             write_file(folder / f"{prompt}-{image}.png", png_bytes(picture))
         del pipeline, vae
         free_memory()
@@ -2439,13 +2548,10 @@ def lora_metadata(cfg: Config) -> dict[str, str]:
     """Describe the LoRA in its header (modelspec 1.0.1), without dates and paths: equal content gives equal bytes."""
     prompt = cfg.instance_prompt or ""
     return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "z-image/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": f"Z-Image LoRA {prompt}".strip(),
-        "modelspec.trigger_phrase": prompt,
-        "modelspec.resolution": f"{training_side(cfg)}x{training_side(cfg)}",
-    }
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "z-image/lora",
+        "modelspec.implementation": "diffusers", "modelspec.resolution": f"{training_side(cfg)}x{training_side(cfg)}",
+        "modelspec.title": f"Z-Image LoRA {prompt}".strip(), "modelspec.trigger_phrase": prompt,
+    }  # fmt: skip
 
 
 def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module) -> Path:
@@ -2455,7 +2561,7 @@ def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module
     dtype = torch.float32 if cfg.upcast_before_saving else DTYPES[cfg.mixed_precision]
     exported = export_lora(lora_state_dict(live), cfg.lora_scale, dtype)
     if accelerator.is_main_process:
-        save_tensors(file, exported, lora_metadata(cfg))
+        write_file(file, tensors_bytes(exported, lora_metadata(cfg)))
     as_saved = {name.removeprefix("transformer."): tensor.float() for name, tensor in exported.items()}
     unfolded = {name: tensor / (cfg.lora_scale if ".lora_B." in name else 1) for name, tensor in as_saved.items()}
     load_lora(live, unfolded)
@@ -2484,27 +2590,18 @@ def save_model_card(cfg: Config, step: int) -> None:
     base = None if Path(cfg.pretrained_model_name_or_path).exists() else cfg.pretrained_model_name_or_path
     folder, prompts = validation_folder(cfg, step).relative_to(cfg.output_dir), validation_prompts(cfg, is_final=True)
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
-    texts, files = (
-        [prompts[prompt] for prompt, _ in jobs],
-        [f"{folder.as_posix()}/{p}-{image}.png" for p, image in jobs],
-    )
+    texts = [prompts[prompt] for prompt, _ in jobs]
+    files = [f"{folder.as_posix()}/{prompt}-{image}.png" for prompt, image in jobs]
     data = ModelCardData(
-        license="apache-2.0",
-        base_model=base,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "lora", "z-image", "template:sd-lora"],
-        instance_prompt=cfg.instance_prompt,
+        license="apache-2.0", base_model=base, library_name="diffusers", instance_prompt=cfg.instance_prompt,
+        pipeline_tag="text-to-image", tags=["text-to-image", "diffusers", "lora", "z-image", "template:sd-lora"],
         widget=[{"text": text, "output": {"url": file}} for text, file in zip(texts, files)] or None,
-    )
+    )  # fmt: skip
     snippet = CARD_SNIPPET.format(
-        base=base or "path/to/the/base/model",
+        base=base or "path/to/the/base/model", side=cfg.validation_resolution or training_side(cfg), seed=cfg.seed,
         prompt=json.dumps((prompts or [cfg.instance_prompt or ""])[0], ensure_ascii=False),
-        side=cfg.validation_resolution or training_side(cfg),
-        steps=cfg.num_inference_steps,
-        guidance=cfg.guidance_scale,
-        seed=cfg.seed,
-    )
+        steps=cfg.num_inference_steps, guidance=cfg.guidance_scale,
+    )  # fmt: skip
     names = (
         "rank", "lora_layers", "resolution", "learning_rate", "optimizer", "lr_scheduler", "weighting_scheme",
         "timestep_shift", "train_batch_size", "gradient_accumulation_steps", "with_prior_preservation",
@@ -2553,11 +2650,13 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[\[\]()<>|*_`#]", " ", text).split())
 
 
-def describe_results(cfg: Config, file: Path) -> str:
-    """Tell where the results of the run are."""
-    pictures = f"\npictures  {Path(cfg.output_dir) / 'validation'}" * (Path(cfg.output_dir) / "validation").is_dir()
-    farewell = DEMO_FAREWELL.format(script=Path(sys.argv[0]).name) if cfg.demo else ""
-    return f"LoRA      {file}{pictures}\nmetrics   {Path(cfg.output_dir) / 'metrics.jsonl'}\n{farewell}".rstrip()
+def describe_results(cfg: Config, file: Path) -> list[str]:
+    """Tell where the results of the run are, and how many steps were skipped."""
+    metrics, pictures = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
+    lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"pictures  {pictures}"] * pictures.is_dir()
+    skipped = metrics.read_text(encoding="utf-8").count('"is_skipped": true')
+    lines += [f"warning: {skipped} steps were skipped, whose loss or gradient was not finite"] * bool(skipped)
+    return lines + DEMO_FAREWELL.format(script=Path(sys.argv[0]).name).splitlines() * cfg.demo
 
 
 CARD = """
@@ -2588,14 +2687,9 @@ from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder")
-image = pipe(
-    {prompt},
-    height={side},
-    width={side},
-    num_inference_steps={steps},
-    guidance_scale={guidance},
-    generator=torch.Generator().manual_seed({seed}),
-).images[0]
+generator = torch.Generator().manual_seed({seed})
+size = {{"height": {side}, "width": {side}}}
+image = pipe({prompt}, **size, num_inference_steps={steps}, guidance_scale={guidance}, generator=generator).images[0]
 image.save("output.png")
 """.strip()
 
@@ -2691,15 +2785,13 @@ def make_accelerator(cfg: Config) -> Accelerator:
     is_known = names == ["none"] or set(names) <= set(known)
     require(is_known, f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}, or none")
     accumulation = GradientAccumulationPlugin(num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False)
-    logs = str(logging_folder(cfg))
     with explained("accelerate does not start", "in a notebook, restart the kernel to change --mixed_precision"):
         accelerator = Accelerator(
-            mixed_precision=cfg.mixed_precision,
-            gradient_accumulation_plugin=accumulation,
+            mixed_precision=cfg.mixed_precision, gradient_accumulation_plugin=accumulation,
             log_with=None if names == ["none"] else names,
-            project_config=ProjectConfiguration(cfg.output_dir, logging_dir=logs),
+            project_config=ProjectConfiguration(cfg.output_dir, str(Path(cfg.output_dir, cfg.logging_dir))),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        )
+        )  # fmt: skip
     is_there = names in (["none"], ["all"]) or len(accelerator.log_with) == len(names)
     require(
         is_there, f"--report_to {cfg.report_to}: a tracker's package is not installed; pip install {' '.join(names)}"
@@ -2707,11 +2799,6 @@ def make_accelerator(cfg: Config) -> Accelerator:
     if cfg.allow_tf32:
         torch.set_float32_matmul_precision("high")
     return accelerator
-
-
-def logging_folder(cfg: OutputConfig) -> Path:
-    """Locate the trackers' files."""
-    return Path(cfg.output_dir, cfg.logging_dir)
 
 
 def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
@@ -2735,22 +2822,31 @@ def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
         make_empty_transformer(model).set_attention_backend(cfg.attention)
 
 
-def agree_on_start(cfg: Config, accelerator: Accelerator) -> int:
-    """Read the step to continue after. Raises UserError if the processes see different checkpoints."""
-    first_step = read_checkpoint(cfg).get("step", 0)
-    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
-    require(
-        len(set(steps)) == 1,
-        f"--output_dir {cfg.output_dir} holds another checkpoint on every machine; name a folder they share",
-    )
-    return first_step
+@contextlib.contextmanager
+def sole_user(output: Path) -> Iterator[None]:
+    """Hold the output folder, on the first process. Raises UserError if another run has it; a dead one has nothing."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        holder = (output / ".lock").read_text(encoding="utf-8") or "another process"
+        raise UserError(f"--output_dir {output} is in use by {holder}; wait for it, or name another folder") from error
+    try:
+        (output / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
     output = Path(cfg.output_dir)
     if cfg.report_to != "none":
-        start_trackers(cfg, accelerator, logging_folder(cfg))
+        start_trackers(cfg, accelerator)
     if accelerator.is_main_process:
         is_ours = "environment" in read_own_config(output) or bool(list_checkpoints(output))
         if is_ours and (cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)):
@@ -2761,8 +2857,9 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def start_trackers(cfg: Config, accelerator: Accelerator, logs: Path) -> None:
+def start_trackers(cfg: Config, accelerator: Accelerator) -> None:
     """Start the trackers. Raises UserError if one cannot start, for want of a login or a network."""
+    logs = Path(accelerator.logging_dir)
     logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
     shareable = shareable_settings(cfg).items()
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in shareable}
@@ -2776,75 +2873,124 @@ def remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")):
         remove_folder(folder)
-    pictures = list(output.glob("validation/step-*/*.png"))
-    for path in pictures:
+    for path in output.glob("validation/step-*/*.png"):
         if re.fullmatch(r"step-\d+/(\d+-\d+|sheet)\.png", f"{path.parent.name}/{path.name}"):
             path.unlink()
-    for folder in {path.parent for path in pictures}:
-        if not any(folder.iterdir()):
+    for folder in output.glob("validation/step-*"):
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def main(cfg: Config) -> Path:
-    """Run everything: config -> data plan -> caches -> model -> loop -> artefacts. Returns the LoRA file."""
-    check_inputs(cfg)
-    free_memory()  # of an earlier run in a notebook, which only the garbage collector lets go
-    accelerator = make_accelerator(cfg)
-    if cfg.demo:
-        make_demo(cfg, accelerator)
-    for line in advice(cfg):
-        say(line)
+class Plan(NamedTuple):
+    """What a run will do: with which pictures, how long, from where."""
 
-    model = find_model(cfg, accelerator)
-    check_hardware(cfg, model, accelerator.device)
-    layers = resolve_lora_layers(cfg.lora_layers, model)
+    samples: list[Sample]
+    schedule: Schedule
+    checkpoint: Checkpoint | None
+
+
+def make_plan(cfg: Config, model: Path, accelerator: Accelerator) -> Plan:
+    """Decide what the run will do, and tell. Raises UserError for what cannot work."""
     with accelerator.local_main_process_first():
         instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
         samples = plan_samples(cfg, instance_folder)
     check_sizes(cfg, samples, model)
-    shift, first_step = read_timestep_shift(cfg, model), agree_on_start(cfg, accelerator)
+    checkpoint, shift = find_checkpoint(cfg), read_timestep_shift(cfg, model)
+    first_step = 0 if checkpoint is None else checkpoint.step
+    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
+    shared = f"--output_dir {cfg.output_dir} holds another checkpoint on every machine; name a folder they share"
+    require(len(set(steps)) == 1, shared)
     schedule = make_schedule(cfg, samples, accelerator.num_processes, shift, first_step)
-    for line in describe_plan(samples, cfg, schedule):
-        say(line)
+    if checkpoint is not None:
+        with explained(f"--resume_from_checkpoint: {checkpoint.folder} is damaged", "name another one"):
+            check_continuity(cfg, checkpoint, describe_run(cfg, samples, schedule))
+    say(*describe_plan(samples, cfg, schedule))
+    return Plan(samples, schedule, checkpoint)
+
+
+def learn(
+    cfg: Config,
+    accelerator: Accelerator,
+    transformer: nn.Module,
+    optimizer: Optimizer,
+    plan: Plan,
+    encodings: Encodings,
+    stop: StopRequest,
+) -> None:
+    """Train from where the run was left, with pictures and checkpoints. Raises Stopped, once its steps are saved."""
+    resume(accelerator, cfg, transformer, optimizer, plan.checkpoint)
+    schedule, origin = plan.schedule, describe_run(cfg, plan.samples, plan.schedule)
+    step, last, saved = schedule.first_step, schedule.max_train_steps, time.monotonic()
+    interval = 60 * (cfg.checkpointing_minutes or math.inf)
+    batches = stop.ends(make_batches(plan.samples, encodings, cfg, accelerator, step))
+    steps = train(cfg, accelerator, transformer, optimizer, batches, plan.samples, schedule)
+    bar = progress_bar(steps, "training", accelerator, initial=step, total=last)
+    stop.is_deferred = True
+    with contextlib.suppress(Stopped):
+        is_drawn = step > 0 and (validation_folder(cfg, step) / "sheet.png").exists()
+        if schedule.is_validation_step(step) and not is_drawn:
+            validate(cfg, accelerator, transformer, encodings, step, stop)
+        for metrics in bar:
+            step = metrics["step"]
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+            log_metrics(accelerator, cfg, metrics, schedule)
+            if schedule.is_validation_step(step):
+                validate(cfg, accelerator, transformer, encodings, step, stop)
+            if step == last or step % cfg.checkpointing_steps == 0 or anyone(time.monotonic() - saved > interval):
+                save_checkpoint(accelerator, cfg, transformer, optimizer, step, origin)
+                saved = time.monotonic()
+    if step < last:
+        if step > schedule.first_step:
+            save_checkpoint(accelerator, cfg, transformer, optimizer, step, origin)
+        accelerator.end_training()
+        raise Stopped(f"stopped by {stop.reason} after step {step}, which is saved", stop.number)
+    stop.is_deferred = False
+
+
+def run_all(cfg: Config, stop: StopRequest) -> Path:
+    """Run everything: config -> data plan -> caches -> model -> loop -> artefacts. Returns the LoRA file."""
+    accelerator = make_accelerator(cfg)
+    if cfg.demo:
+        make_demo(cfg, accelerator)
+    say(*advice(cfg))
+
+    model = find_model(cfg, accelerator)
+    check_hardware(cfg, model, accelerator.device)
+    layers = resolve_lora_layers(cfg.lora_layers, model)
+    plan = make_plan(cfg, model, accelerator)
     prepare_output(cfg, accelerator)
     repository = open_repository(cfg) if cfg.push_to_hub and accelerator.is_main_process else None
 
     encodings = identify_encodings(cfg, model, accelerator)
-    fill_prompts_cache(needed_prompts(samples, cfg), model, encodings, cfg, accelerator)
-    samples = generate_class_images(samples, cfg, model, encodings, accelerator)
+    fill_prompts_cache(needed_prompts(plan.samples, cfg), encodings, cfg, accelerator)
+    plan = plan._replace(samples=generate_class_images(plan.samples, encodings, cfg, accelerator))
     if cfg.cache_latents:
-        fill_latents_cache(samples, model, encodings, cfg, accelerator)
+        fill_latents_cache(plan.samples, encodings, cfg, accelerator)
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision], accelerator.device)
     parameters = add_lora(transformer, layers, cfg, cfg.seed)
-    say(describe_lora(transformer, layers, cfg))
+    say(*describe_lora(transformer, layers, cfg))
     optimizer = make_optimizer(parameters, cfg)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    learn(cfg, accelerator, transformer, optimizer, plan, encodings, stop)
 
-    resume(accelerator, cfg, transformer, optimizer, first_step)
-    batches = make_batches(samples, model, encodings, cfg, accelerator, first_step)
-    if first_step == 0:
-        validate(cfg, accelerator, transformer, model, encodings, first_step)
-    steps = train(cfg, accelerator, transformer, optimizer, batches, schedule)
-    bar = progress_bar(steps, "training", accelerator, initial=first_step, total=schedule.max_train_steps)
-    for metrics in bar:
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-        log_metrics(accelerator, cfg, metrics, schedule)
-        step, is_last = metrics["step"], metrics["step"] == schedule.max_train_steps
-        if schedule.is_validation_step(step) and not is_last:
-            validate(cfg, accelerator, transformer, model, encodings, step)
-        if is_last or step % cfg.checkpointing_steps == 0:
-            save_checkpoint(accelerator, cfg, transformer, optimizer, step)
-
-    file = save_artefacts(accelerator, cfg, transformer)
-    validate(cfg, accelerator, transformer, model, encodings, schedule.max_train_steps, is_final=True)
+    file, last = save_artefacts(accelerator, cfg, transformer), plan.schedule.max_train_steps
+    validate(cfg, accelerator, transformer, encodings, last, stop, is_final=True)
     if accelerator.is_main_process:
-        save_model_card(cfg, schedule.max_train_steps)
+        save_model_card(cfg, last)
     accelerator.end_training()
-    say(describe_results(cfg, file))
+    say(*describe_results(cfg, file))
     if repository is not None:
         push(cfg, repository)
     return file
+
+
+def main(cfg: Config) -> Path:
+    """Run everything. Returns the LoRA file. Raises Stopped, with nothing lost, when a signal asks the run to stop."""
+    check_inputs(cfg)
+    free_memory()  # of an earlier run in a notebook, which only the garbage collector lets go
+    with StopRequest(cfg.max_train_minutes) as stop, sole_user(Path(cfg.output_dir)):
+        return run_all(cfg, stop)
 
 
 if RUN_AS_SCRIPT:
