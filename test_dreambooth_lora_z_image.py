@@ -23,12 +23,14 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
 import weakref
+import zlib
 from pathlib import Path
 
 import pytest
@@ -689,14 +691,120 @@ def sample(number, bucket=(32, 32), is_prior=False):
     return z.Sample(Path(f"{number}.png"), bucket, bucket, "p", False, is_prior, f"digest {number}")
 
 
-def test_find_files_is_sorted_recursive_and_skips_hidden_ones(tmp_path):
+def test_find_files_is_sorted_and_recursive_and_enters_no_hidden_folder(tmp_path):
     for name in ("b/1.PNG", "a.jpeg", ".hidden.png", ".cache/x.png", "b/.git/y.png", "Thumbs.db", "名前.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "folder.png").mkdir()
     found = [path.relative_to(tmp_path).as_posix() for path in z.find_files(tmp_path)]
-    assert found == ["Thumbs.db", "a.jpeg", "b/1.PNG", "名前.webp"]
+    assert found == [".cache", ".hidden.png", "Thumbs.db", "a.jpeg", "b/.git", "b/1.PNG", "名前.webp"]
+
+
+def bomb(path):
+    """A PNG of 30,000 x 30,000 pixels, by its header."""
+    content = bytearray(draw(path).read_bytes())
+    content[16:24] = struct.pack(">II", 30_000, 30_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
+def truncated(path):
+    """The first half of a file."""
+    content = draw(path, (300, 300)).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def in_mode(mode, **options):
+    """A picture of some mode."""
+    return lambda path: Image.new("RGB", (64, 64), (9, 99, 200)).convert(mode).save(path, **options)
+
+
+def frames(path):
+    """An animation of two frames."""
+    Image.new("RGB", (64, 64), "red").save(path, save_all=True, append_images=[Image.new("RGB", (64, 64), "blue")])
+
+
+def palette_with_transparency(path):
+    """A palette whose entries have transparency of their own."""
+    Image.new("P", (64, 64), 1).save(path, transparency=bytes([0, 128, 255]))
+
+
+def float_tiff(path):
+    """Brightness from 0 to 1 in 32 bits."""
+    Image.new("F", (64, 64), 0.5).save(path)
+
+
+def with_text(text):
+    """A picture whose caption is some bytes."""
+    return lambda path: (draw(path), path.with_suffix(".txt").write_bytes(text))
+
+
+def nested(path):
+    """A picture ten folders deep."""
+    draw(path.joinpath(*"abcdefghij", "deep.png"))
+
+
+def hidden_in(folder):
+    """A file in a folder that tools leave."""
+    return lambda path: draw(path.parent / folder / ("._1.png" if folder == "__MACOSX" else "1.png"))
+
+
+# What may lie in a folder of pictures: how to make it, and whether it is used, skipped with a line, or refused.
+ODD_FILES = {
+    "truncated.jpg": (truncated, "skipped"), "zero.png": (lambda path: path.write_bytes(b""), "skipped"),
+    "jpeg called.png": (lambda path: draw(path, format="JPEG"), "used"),
+    "text called.png": (lambda path: path.write_text("no picture"), "skipped"),
+    "pixel.png": (lambda path: draw(path, (1, 1)), "used"), "line.png": (lambda path: draw(path, (1, 5000)), "used"),
+    "bomb.png": (bomb, "skipped"), "cmyk.jpg": (in_mode("CMYK"), "used"), "16 bits.png": (in_mode("I;16"), "used"),
+    "float.tiff": (float_tiff, "used"), "palette.png": (palette_with_transparency, "used"),
+    "gray alpha.png": (in_mode("LA"), "used"), "animated.gif": (frames, "skipped"), "animated.webp": (frames, "used"),
+    **{f"exif {n}.jpg": (lambda path, n=n: draw(path, exif=rotation(n)), "used") for n in range(1, 9)},
+    "profile.png": (in_mode("RGB", icc_profile=b"broken" * 50), "used"),
+    "exif.jpg": (in_mode("RGB", exif=b"Exif\0\0broken"), "used"),
+    "loop.png": (lambda path: path.symlink_to(path), "skipped"),
+    "dangling.png": (lambda path: path.symlink_to("nothing"), "skipped"),
+    "linked.png": (lambda path: path.symlink_to(draw(path.parent.with_name("elsewhere.png"))), "used"),
+    "fifo.png": (os.mkfifo, "skipped"), "folder.png": (lambda path: draw(path / "inside.png"), "used"),
+    "latin1.png": (with_text("caf\u00e9".encode("latin-1")), "refused"), "empty caption.png": (with_text(b""), "used"),
+    "utf-8 with mark.png": (with_text("\ufeffa caption".encode()), "used"),
+    "missing.txt": (lambda path: path.write_text("caption of nothing"), "skipped"),
+    "new\nline \x1b[2J.png": (draw, "used"), "\U0001f436.png": (draw, "used"), "名前.png": (draw, "used"),
+    f"{'x' * 251}.png": (draw, "used"), "a.b.c.png": (draw, "used"), "deep": (nested, "used"),
+    "1.heic": (lambda path: path.write_bytes(b"x"), "skipped"), "-rf.png": (draw, "used"),
+    ".cache": (hidden_in(".cache"), "skipped"), ".ipynb_checkpoints": (hidden_in(".ipynb_checkpoints"), "skipped"),
+    "__MACOSX": (hidden_in("__MACOSX"), "skipped"), "Thumbs.db": (lambda path: path.write_bytes(b"x"), "skipped"),
+    "metadata.jsonl": (os.mkfifo, "skipped"), "head.jpg": (lambda path: path.write_bytes(b"\xff\xd8\xff"), "skipped"),
+}  # fmt: skip
+
+
+def rotation(orientation):
+    """EXIF data that turn a picture."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("name", ODD_FILES, ids=ascii)
+def test_whatever_lies_among_the_pictures_is_used_or_named(name, make_config, tmp_path, capsys):
+    make, outcome = ODD_FILES[name]
+    folder = tmp_path / "among"
+    draw(folder / "good.png")
+    make(folder / name)
+    cfg = make_config(instance_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", module="PIL")
+        if outcome == "refused":
+            with pytest.raises(UserError, match="latin1.txt is not UTF-8 text; save it again as UTF-8"):
+                z.check_inputs(cfg)
+            return
+        z.check_inputs(cfg)
+        samples = z.plan_samples(cfg, folder)
+        pixels = [z.load_pixels(sample, z.Augmentation(False, z.CENTRE)) for sample in samples]
+    said = capsys.readouterr().out
+    assert len(samples) == 1 + (outcome == "used") and all(one.shape == (3, 32, 32) for one in pixels)
+    shown = {"__MACOSX": "._1.png"}.get(name, name)
+    assert (shown in said) == (outcome == "skipped") and said.count("\n") == (outcome == "skipped"), said
+    assert "\x1b" not in said + z.describe_plan(samples, cfg, z.make_schedule(cfg, samples))[0]
 
 
 def test_other_files_and_damaged_pictures_are_named(make_config, pictures, capsys):
@@ -707,7 +815,7 @@ def test_other_files_and_damaged_pictures_are_named(make_config, pictures, capsy
     (pictures / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     samples = z.plan_samples(make_config(), pictures)
     said = capsys.readouterr().out
-    assert len(samples) == 5 and "notes.md" in said and "DS_Store" not in said
+    assert len(samples) == 5 and "left alone: .DS_Store, notes.md" in said
     assert re.search(r"warning: .*cut.jpg is damaged", said) and re.search(
         r"warning: .*zero.jpg cannot be read as a picture and will be left out", said
     )
@@ -2845,7 +2953,9 @@ def test_two_runs_cannot_share_an_output_folder(make_config, tmp_path):
         ):
             main(cfg)
         assert not (out / "config.json").exists()
-    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    code = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=1); input()"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(out / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

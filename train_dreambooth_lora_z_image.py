@@ -59,6 +59,7 @@ import time
 import types
 import typing
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -648,7 +649,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 CAPTION_SUFFIXES = (".txt", ".caption")
-KNOWN_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
+warnings.filterwarnings("ignore", module="PIL")  # about pictures that it reads all the same
 
 
 @dataclass(frozen=True)
@@ -672,12 +673,12 @@ class Draw(NamedTuple):
 
 
 def find_files(folder: Path) -> list[Path]:
-    """List the regular files below a folder in sorted order, hidden files and folders left out."""
+    """List what lies below a folder in sorted order; hidden folders are listed, but not entered."""
     found = []
     for parent, folders, names in os.walk(folder):
+        found += [Path(parent, name) for name in names + [name for name in folders if name.startswith(".")]]
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+    return sorted(found)
 
 
 def read_text(path: Path) -> str:
@@ -790,12 +791,13 @@ class Scan(NamedTuple):
 def scan_pictures(folder: Path, prompt: str | None, is_prior: bool, cfg: DataConfig) -> Scan:
     """Read headers and captions of all pictures below a folder. Raises UserError for a bad or missing caption."""
     files = find_files(Path(os.path.normpath(folder)))
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    tables = [path for path in files if path.name == "metadata.jsonl"]
+    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    tables = [path for path in files if path.name == "metadata.jsonl" and path.is_file()]
     captions = {key: text for table in tables for key, text in read_metadata(table, set(pictures)).items()}
-    scan = Scan([], [], [path for path in files if path.suffix.lower() not in KNOWN_SUFFIXES and path not in tables])
+    known = {*pictures, *tables, *(path.with_suffix(suffix) for path in pictures for suffix in CAPTION_SUFFIXES)}
+    scan = Scan([], [], [path for path in files if path not in known])
     for path in pictures:
-        size = read_size(path)
+        size = read_size(path) if path.is_file() else None  # a fifo would never end
         bucket = size and choose_bucket(size, cfg)
         if bucket is None:
             why = f"is too small for any bucket ({size[0]} x {size[1]})" if size else "cannot be read as a picture"
@@ -1493,7 +1495,7 @@ def file_digest(path: Path, folder: Path) -> str:
 
 def identify(component: Path, cfg: Config) -> list[str]:
     """Identify a component of the checkpoint by the content of the files that are read."""
-    files = [path for path in find_files(component) if path.suffix in (".json", ".jinja", ".txt")]
+    files = [path for path in sorted(component.glob("[!.]*")) if path.suffix in (".json", ".jinja", ".txt")]
     files += weight_files(component, cfg.variant)
     return [f"{path.name} {file_digest(path, encodings_folder(cfg))}" for path in files]
 
