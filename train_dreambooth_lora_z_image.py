@@ -510,10 +510,8 @@ def parse_bool(text: str) -> bool:
 
 def read_json_object(name: str, file: Path) -> dict[str, Any]:
     """Read a JSON file that a flag names. Raises UserError, calling it by that name, if it holds no object."""
-    try:
+    with explained(f"{name} cannot be read as JSON"):
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name} cannot be read as JSON: {error}") from error
     require(isinstance(content, dict), f"{name} must hold one JSON object")
     return content
 
@@ -695,13 +693,9 @@ def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
+        with explained(f'{file}, line {number} is not a JSON object with "file_name"', "mend or remove the line"):
             row = json.loads(line)
             picture = Path(os.path.normpath(file.parent / row["file_name"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f'{file}, line {number} is not a JSON object with "file_name"; mend or remove the line'
-            ) from error
         require(
             picture in pictures,
             f"{file}, line {number} names {row['file_name']}, which is no picture there; mend or remove the line",
@@ -2102,7 +2096,7 @@ class StopRequest:
 
     def watch(self) -> None:
         """Look every second whether the launcher has died or the time is up, and pass on what nobody has heard."""
-        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
         while not self.is_over.wait(1):
             if is_launched and os.getppid() != self.parent:
                 self.reason = self.reason or "the end of its launcher"
@@ -2197,10 +2191,11 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> Opti
         return torch.optim.AdamW(parameters, **common)
     from prodigyopt import Prodigy
 
-    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-    own = {name: getattr(cfg, f"prodigy_{name}") for name in names}
     with contextlib.redirect_stdout(None):  # it prints a remark of its own
-        return Prodigy(parameters, **common, **own)
+        return Prodigy(
+            parameters, **common, beta3=cfg.prodigy_beta3, decouple=cfg.prodigy_decouple,
+            use_bias_correction=cfg.prodigy_use_bias_correction, safeguard_warmup=cfg.prodigy_safeguard_warmup,
+        )  # fmt: skip
 
 
 def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[int], float]:
