@@ -583,6 +583,10 @@ def test_flags_as_people_write_them():
     assert cfg.validation_prompt == ("a, b", "c") and cfg.random_flip and cfg.lora_layers == "to_k,to_q"
 
 
+def test_prompts_of_a_notebook_may_be_a_list(make_config):
+    assert z.validation_prompts(make_config(validation_prompt=["a", "b"]), is_final=False) == ["a", "b"]
+
+
 def test_config_round_trip(make_config, tmp_path):
     cfg = make_config(validation_prompt=("一只sks狗的照片", "b"), lora_alpha=2.5, overwrite_output_dir=True)
     z.save_config(cfg)
@@ -1019,6 +1023,9 @@ def test_plan_states_how_often_pictures_are_seen_and_what_validation_costs(make_
     larger = dataclasses.replace(cfg, validation_resolution=64, guidance_scale=0.0)
     line = z.describe_plan(samples, larger, z.make_schedule(larger, samples, 1, 1.0))[-1]
     assert "10 steps each = 120 forward passes, about 71 %" in line  # 120 x 4 against 200
+    missing = [dataclasses.replace(sample(n, is_prior=True), digest="") for n in range(7)]
+    line = z.describe_plan(samples + missing, cfg, z.make_schedule(cfg, samples + missing))[-2]
+    assert line == "to be generated first: 140 forward passes for 7 class pictures"
 
 
 def test_a_long_run_is_planned_from_its_first_part(make_config):
@@ -1080,6 +1087,7 @@ def test_dataset_folder(make_config, tmp_path, capsys):
     assert sorted((s.prompt, s.size) for s in samples) == [(f"caption {n}", (40, 40 + n)) for n in range(3)]
     cfg = make_config(**changes)
     assert {s.prompt for s in z.plan_samples(cfg, z.export_dataset(cfg))} == {"a photo of sks dog"}
+    assert "no captions are taken; --caption_column takes them from words" in capsys.readouterr().out
     with pytest.raises(
         UserError, match="--caption_column txt is no column of the dataset; it has image, words, number"
     ):
@@ -1178,6 +1186,12 @@ MISTAKES = {
     "output holds a run": (
         lambda w: (w / "out" / "checkpoint-2").mkdir(parents=True)
         or (w / "out" / "checkpoint-2" / "state.json").write_text("{}") and [],
+        "holds another run; continue it with --resume_from_checkpoint latest",
+    ),
+    "output holds the steps of a run without a checkpoint": (
+        lambda w: (w / "out").mkdir()
+        or (w / "out" / "config.json").write_text('{"environment": {}}')
+        and (w / "out" / "metrics.jsonl").write_text('{"step": 1}\n') and [],
         "holds another run; continue it with --resume_from_checkpoint latest",
     ),
     "output among the pictures": (

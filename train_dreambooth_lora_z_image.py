@@ -442,7 +442,7 @@ def matches(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in options
     if origin is tuple:
-        return isinstance(value, tuple) and len(value) > 0 and all(matches(item, options[0]) for item in value)
+        return isinstance(value, (tuple, list)) and len(value) > 0 and all(matches(item, options[0]) for item in value)
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
@@ -899,6 +899,9 @@ def export_dataset(cfg: Config) -> Path:
             column is None or column in table.column_names,
             f"--{name} {column} is no column of the dataset; it has {', '.join(table.column_names)}",
         )
+    texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) == "string"]
+    if texts and cfg.caption_column is None:
+        say(f"--dataset_name: no captions are taken; --caption_column takes them from {' or '.join(texts)}")
     kind = table.features[cfg.image_column]
     require(isinstance(kind, datasets.Image), f"--image_column {cfg.image_column} holds no pictures but {kind}")
     pictures = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
@@ -1052,6 +1055,8 @@ def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) 
     final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
     pictures, guided = len(cfg.validation_prompt or [None]) * cfg.num_validation_images, cfg.guidance_scale > 0
     passes = (times + final) * pictures * cfg.num_inference_steps * (1 + guided)
+    missing = sum(not sample.digest for sample in samples)
+    generating = f"{missing * cfg.num_inference_steps * (1 + guided):,} forward passes for {missing} class pictures"
     side = cfg.validation_resolution or training_side(cfg)
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
     drawing = passes * side**2
@@ -1062,7 +1067,7 @@ def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) 
         f"{', twice for guidance' * guided} = {passes:,} forward passes, about "
         f"{100 * drawing / (drawing + training or 1):.0f} % of the work"
     )
-    return [line] if passes else []
+    return [f"to be generated first: {generating}"] * (missing > 0) + [line] * (passes > 0)
 
 
 def training_side(cfg: DataConfig) -> int:
@@ -1077,8 +1082,6 @@ def training_side(cfg: DataConfig) -> int:
 # =====================================================================================================================
 
 RUN_FILES = ("pytorch_lora_weights.safetensors", "config.json", "metrics.jsonl", "README.md")
-
-
 CHECKPOINT_FILES = ("lora.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -1198,11 +1201,13 @@ def check_output(cfg: Config) -> None:
         f"--output_dir {output} holds {', '.join(foreign)}, which this program did not write; name another folder",
     )
     is_demo = cfg.demo and settings.get("demo") is True
+    has_steps = (output / "metrics.jsonl").is_file() and (output / "metrics.jsonl").stat().st_size > 0
+    is_free = RUN_FILES[0] not in present and not checkpoints and (cfg.resume_from_checkpoint or not has_steps)
     is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
     require(
-        (RUN_FILES[0] not in present and not checkpoints) or is_demo or is_resumed or cfg.overwrite_output_dir,
-        f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest if it has "
-        "checkpoints, replace it with --overwrite_output_dir, or name another folder",
+        is_free or is_demo or is_resumed or cfg.overwrite_output_dir,
+        f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest, replace it with "
+        "--overwrite_output_dir, or name another folder",
     )
 
 
@@ -2623,7 +2628,7 @@ def open_repository(cfg: OutputConfig) -> str:
     """Create the repository before training, so that a missing login shows now; returns its full name."""
     with explained(
         f"--push_to_hub: the repository {cfg.repository} cannot be made",
-        "log in with `hf auth login`, give --hub_token, or leave the flag out and upload later",
+        "check network and login (`hf auth login`, or --hub_token), or leave the flag out and upload later",
     ):
         hub = HfApi(token=cfg.hub_token)
         return hub.create_repo(cfg.repository, private=cfg.hub_private_repo or None, exist_ok=True).repo_id
