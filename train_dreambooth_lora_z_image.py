@@ -1306,9 +1306,9 @@ def read_bnb_settings(cfg: HardwareConfig) -> dict[str, Any]:
 def check_launch(cfg: Config) -> None:
     """Refuse what accelerate's configuration asks for and this program, or Z-Image, cannot do."""
     require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        is_used = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-        require(not is_used, f"accelerate's configuration: {name} is not supported; choose multi-GPU or FSDP")
+    for name in ("USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_USE_REGIONAL_COMPILATION"):
+        is_used = os.environ.get(f"ACCELERATE_{name}", "false").lower() == "true"
+        require(not is_used, f"accelerate's configuration: {name} does not work here; multi-GPU, FSDP and dynamo do")
     if uses_fsdp():
         check_fsdp(cfg)
 
