@@ -1124,16 +1124,13 @@ def find_checkpoint(cfg: Config) -> Checkpoint | None:
     name, output = cfg.resume_from_checkpoint, Path(cfg.output_dir)
     if name is None or (name == "latest" and not list_checkpoints(output)):
         return None
-    found = list_checkpoints(output) if name == "latest" else [output / name, Path(name)]
+    found = list_checkpoints(output) if name == "latest" else [Path(name), output / name]
     found = [path for path in found if os.path.isdir(path)]
     require(bool(found), f"--resume_from_checkpoint {name} is no folder; name a checkpoint-N, or 'latest'")
     intact = next(filter(is_intact, reversed(found)), None)
-    what = (
-        "every checkpoint is damaged"
-        if name == "latest"
-        else f"{found[0]} is damaged or no checkpoint of this program"
-    )
-    require(intact is not None, f"--resume_from_checkpoint {name}: {what}; name another one or --overwrite_output_dir")
+    problem = f"{found[-1]} is damaged or no checkpoint of this program" + ", and so are all here" * (name == "latest")
+    remedy = "name another one, or start over with --overwrite_output_dir"
+    require(intact is not None, f"--resume_from_checkpoint {name}: {problem}; {remedy}")
     with explained(f"--resume_from_checkpoint: {intact} is none of this program's", "name another one"):
         state = json.loads(read_text(intact / "state.json"))
         return Checkpoint(intact, int(state["step"]), state)
@@ -1142,14 +1139,14 @@ def find_checkpoint(cfg: Config) -> Checkpoint | None:
 def describe_run(cfg: Config, samples: list[Sample], schedule: Schedule) -> dict[str, Any]:
     """List what a checkpoint is bound to: the examples that come next, and what is trained."""
     bound = (
-        "seed", "rank", "lora_layers", "lora_alpha", "optimizer", "resolution", "repeats", "center_crop",
+        "seed", "rank", "lora_layers", "optimizer", "resolution", "repeats", "center_crop",
         "random_flip", "cache_latents", "gradient_accumulation_steps",
     )  # fmt: skip
     contents = [(sample.digest, sample.bucket, sample.prompt, sample.is_prior) for sample in samples]
     pictures = [
         f"{sha256(json.dumps(content).encode())} {sample.path.name}" for sample, content in zip(samples, contents)
     ]
-    settings = {f"--{name}": getattr(cfg, name) for name in bound}
+    settings = {f"--{name}": getattr(cfg, name) for name in bound} | {"--lora_alpha": cfg.lora_alpha or cfg.rank}
     return settings | {"--train_batch_size x processes": schedule.micro_batch, "pictures": pictures}
 
 
@@ -2943,7 +2940,7 @@ def learn(
         if step > schedule.first_step:
             save_checkpoint(accelerator, cfg, transformer, optimizer, step, origin)
         accelerator.end_training()
-        raise Stopped(f"stopped by {stop.reason} after step {step}, which is saved", stop.number)
+        raise Stopped(f"stopped by {stop.reason} after step {step}{', which is saved' * (step > 0)}", stop.number)
     stop.is_deferred = False
 
 
