@@ -2848,8 +2848,9 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
         is_ours = "environment" in read_own_config(output) or bool(list_checkpoints(output))
         if is_ours and (cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)):
             remove_run(output)
-        for leftover in output.glob(".checkpoint-*.tmp"):  # of a run that was killed while saving
-            shutil.rmtree(leftover)
+        for leftover in [*output.rglob(".*.tmp")]:  # of a run that was killed while writing
+            if re.fullmatch(r"\.(checkpoint-\d+\.)?[0-9a-f]{32}\.tmp", leftover.name):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         save_config(cfg)
     accelerator.wait_for_everyone()
 
