@@ -661,6 +661,9 @@ def test_bad_config_files(content, words, tmp_path, capsys):
         ({"quantization": "int4"}, "--quantization does not take 'int4'; it takes fp8 or int8 or nf4"),
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id a/b/c is no name of a repository"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0"),
+        ({"push_to_hub": True, "hub_model_id": "用户/a"}, "--hub_model_id 用户/a is no name of a repository"),
+        ({"hub_token": "hf_x\r"}, "--hub_token holds a line break, a space or a letter that no token has"),
+        ({"hub_token": ["hf_x"]}, "--hub_token does not take this value; it takes str"),
     ],
 )
 def test_config_refuses(changes, words, make_config):
@@ -1570,16 +1573,41 @@ def test_variant(model, make_config, tmp_path, capsys):
     assert results["plain"] == original != results["other"]
     assert results["small"] != results["other"] and results["small"] == pytest.approx(results["other"], rel=0.01)
     names = [
-        "m.safetensors",
-        "m-00001-of-00002.safetensors",
-        "m.bf16.safetensors",
-        "m.bf16-00001-of-00002.safetensors",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.bf16.safetensors",
+        "model.bf16-00001-of-00002.safetensors",
     ]
-    for name in [*names, "m-00001-of-00002.bf16.safetensors"]:
+    for name in [*names, "model-00001-of-00002.bf16.safetensors"]:
         (tmp_path / "files" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "files" / name).write_bytes(b"")
     assert [path.name for path in z.weight_files(tmp_path / "files", None)] == sorted(names[:2])
     assert len(z.weight_files(tmp_path / "files", "bf16")) == 3
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "vae", "transformer"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_weight_that_is_missing_is_named_and_never_random(component, quantization, model, make_config, tmp_path):
+    stranger = shutil.copytree(model, tmp_path / "m")
+    (file,) = (stranger / component).glob("*.safetensors")
+    state = load_file(file)
+    name = min(key for key in state if key.endswith("weight") and "layers.2" not in key)
+    save_file({key: value for key, value in state.items() if key != name}, file, {"format": "pt"})
+    cfg = make_config(pretrained_model_name_or_path=str(stranger), quantization=quantization)
+    with pytest.raises(UserError, match=f"{component} has no weights for {re.escape(name)}; download it again"):
+        run(cfg)
+
+
+def test_other_files_beside_the_weights_are_not_read(model, make_config, tmp_path):
+    """A backup is no shard: quantised or not, the run is the same as without it."""
+    copied = shutil.copytree(model, tmp_path / "m")
+    state = load_file(copied / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({key: value * 0.1 for key, value in state.items()}, copied / "transformer" / "z_my_backup.safetensors")
+    for place, folder in (("one", model), ("two", copied)):
+        changes = {"pretrained_model_name_or_path": str(folder), "quantization": "int8"}
+        run(make_config(**changes, output_dir=str(tmp_path / place)))
+    cfgs = [make_config(output_dir=str(tmp_path / place)) for place in ("one", "two")]
+    assert lora_bytes(cfgs[0]) == lora_bytes(cfgs[1])
 
 
 def test_workers_load_what_the_main_process_would(make_config, tmp_path):
@@ -1985,6 +2013,16 @@ def test_attention_backends(make_config, model):
         assert backends == {name}
     with pytest.raises(UserError, match="--attention_backend fast: `backend='fast'` must be one of the following"):
         z.check_hardware(make_config(attention_backend="fast"), model, CPU)
+    with pytest.raises(UserError, match="--attention_backend flex: .*it cannot be trained with here; leave it out"):
+        z.check_hardware(make_config(attention_backend="flex"), model, CPU)  # has no backward pass on a CPU
+
+
+def test_an_attention_without_gradient_is_refused(make_config, model, monkeypatch):
+    """A stand-in for kernels such as sage's, whose result is cut off from its inputs."""
+    attend = z.dispatch_attention_fn
+    monkeypatch.setattr(z, "dispatch_attention_fn", lambda *inputs: attend(*inputs).detach())
+    with pytest.raises(UserError, match="--attention_backend native: .*does not require grad"):
+        z.check_hardware(make_config(), model, CPU)
 
 
 # =====================================================================================================================
@@ -2313,9 +2351,10 @@ def test_resuming_with_what_cannot_fit_is_refused_before_anything_is_touched(mak
     run(cfg)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
     changes = {
-        r"--rank 8 \(was 4\). Give the same again$": {"rank": 8, "resume_anyway": True},
+        r"--rank 8 \(was 4\); --lora_alpha 8 \(was 4\). Give the same again$": {"rank": 8, "resume_anyway": True},
         r"--lora_layers to_q \(was to_q,to_k": {"lora_layers": "to_q", "resume_anyway": True},
         r"--optimizer prodigy \(was adamw\)": {"optimizer": "prodigy", "resume_anyway": True},
+        r"--use_8bit_adam True \(was False\)": {"use_8bit_adam": True, "resume_anyway": True},
         "the checkpoint has done 3 steps already; give --max_train_steps at least that": {"max_train_steps": 2},
     }
     for words, change in changes.items():
@@ -2365,6 +2404,14 @@ def test_a_broken_lora_is_not_saved(make_config, model):
     with pytest.raises(FloatingPointError, match="--learning_rate"):
         z.save_artefacts(Accelerator(cpu=True), cfg, transformer)
     assert not Path(cfg.output_dir).exists()
+
+
+def test_processes_that_do_not_see_each_other_are_refused(make_config, monkeypatch):
+    monkeypatch.setenv(
+        "WORLD_SIZE", "2"
+    )  # as with FSDP and use_cpu: true, for which accelerate starts two runs of one
+    with pytest.raises(UserError, match="accelerate's configuration: 2 processes were started, it sees 1"):
+        z.make_accelerator(make_config())
 
 
 def test_another_precision_in_one_process_gets_a_sentence(make_config):

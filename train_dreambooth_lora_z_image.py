@@ -339,11 +339,11 @@ class TrainingConfig(Settings):
 class HardwareConfig(Settings):
     """Memory and speed"""
 
-    quantization: Storage | None = flag(None, "Keep the frozen weights in 8 or 4 bits; products stay in bf16.")
+    quantization: Storage | None = flag(None, "Frozen weights in 8 or 4 bits; products as in --mixed_precision.")
     do_fp8_training: bool = flag(False, "fp8 weights and fp8 products, for GPUs of compute capability 8.9 and above.")
     bnb_quantization_config_path: str | None = flag(None, "JSON of a bitsandbytes configuration, 4 or 8 bits.")
     offload: bool = flag(False, "Text encoder and VAE live in host memory; on the GPU only while they are used.")
-    attention_backend: str = flag("native", "Kernel of the attention, as in diffusers: native, flash, sage, ...")
+    attention_backend: str = flag("native", "Kernel of the attention, as in diffusers: native, flash, flex, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name of --attention_backend _native_npu.")
     allow_tf32: bool = flag(False, "TF32 for fp32 products, on Ampere and later.")
     dataloader_num_workers: int = flag(0, "Processes that load pictures or latents; 0 is the main one.", at_least=0)
@@ -403,9 +403,11 @@ class OutputConfig(Settings):
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
     def check(self) -> None:
-        """Refuse a name that no repository can have."""
+        """Refuse a name that no repository can have, and a token that is none."""
+        is_token = self.hub_token is None or re.fullmatch(r"[!-~]+", self.hub_token) is not None
+        require(is_token, "--hub_token holds a line break, a space or a letter that no token has; copy it again")
         require(
-            not self.push_to_hub or re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", self.repository) is not None,
+            not self.push_to_hub or re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", self.repository, re.A) is not None,
             f"--hub_model_id {self.repository} is no name of a repository; give one such as user/my-lora",
         )
 # fmt: on
@@ -424,7 +426,8 @@ class Config(
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             kind = " or ".join(re.findall(r"'(\w+)'", str(hint))) or str(hint)
-            require(matches(value, hint), f"--{field.name} does not take {value!r}; it takes {kind}")
+            shown = "this value" if field.metadata["is_secret"] else repr(value)
+            require(matches(value, hint), f"--{field.name} does not take {shown}; it takes {kind}")
             require(
                 value != "" or field.name.endswith("prompt"), f"--{field.name} is empty; give a value or leave it out"
             )
@@ -597,7 +600,7 @@ def redact(text: str, cfg: Config) -> str:
     secrets = [getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.metadata["is_secret"]]
     secrets += [os.environ.get(name) for name in ("HF_TOKEN", "WANDB_API_KEY")]
     for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
+        text = text.replace(secret, "***").replace(secret.strip(), "***")
     return text
 
 
@@ -1146,7 +1149,8 @@ def describe_run(cfg: Config, samples: list[Sample], schedule: Schedule) -> dict
     pictures = [
         f"{sha256(json.dumps(content).encode())} {sample.path.name}" for sample, content in zip(samples, contents)
     ]
-    settings = {f"--{name}": getattr(cfg, name) for name in bound} | {"--lora_alpha": cfg.lora_alpha or cfg.rank}
+    settings = {f"--{name}": getattr(cfg, name) for name in bound}
+    settings |= {"--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state}
     return settings | {"--train_batch_size x processes": schedule.micro_batch, "pictures": pictures}
 
 
@@ -1157,7 +1161,7 @@ def check_continuity(cfg: Config, checkpoint: Checkpoint, run: dict[str, Any]) -
     if "pictures" in changed:
         names = sorted({line[65:] for line in set(run["pictures"]) ^ set(before["pictures"])})
         changed["pictures"] = f"pictures: {', '.join(names[:10]) or 'in another order'}{', ...' * (len(names) > 10)}"
-    is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer"}
+    is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
     require(
         not changed or (is_possible and cfg.resume_anyway),
         f"{checkpoint.folder} was made with other settings or data: {'; '.join(changed.values())}. Give the same again"
@@ -1229,7 +1233,7 @@ def check_model(cfg: ModelConfig) -> None:
 def weight_files(component: Path, variant: str | None) -> list[Path]:
     """List a component's weight files of one variant: NAME.safetensors, or NAME.VARIANT.safetensors, or shards."""
     middle = f".{re.escape(variant)}" if variant else ""
-    name = re.compile(rf"[\w-]+?({middle}(-\d+-of-\d+)?|(-\d+-of-\d+)?{middle})\.safetensors")
+    name = re.compile(rf"(?:diffusion_pytorch_)?model({middle}(-\d+-of-\d+)?|(-\d+-of-\d+)?{middle})\.safetensors")
     return sorted(path for path in component.glob("*.safetensors") if name.fullmatch(path.name))
 
 
@@ -1253,7 +1257,8 @@ def check_components(model: Path, variant: str | None) -> None:
         for path in sorted((model / component).glob("*.json")):
             with explained(f"{path} is damaged", advice):
                 content = json.loads(read_text(path))
-                shards = set(content["weight_map"].values()) if path.name.endswith(".index.json") else set()
+                is_index = path.name.endswith(f".index.{variant}.json" if variant else ".index.json")
+                shards = set(content["weight_map"].values()) if is_index else set()
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
             require(not missing, f"{model}/{component} lacks {', '.join(missing)}; {advice}")
     vocabularies = [model / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
@@ -1389,6 +1394,7 @@ from accelerate.utils import reduce as reduce_tensor
 from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from diffusers.optimization import get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
@@ -1523,6 +1529,11 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(origin)
 
 
+def refuse_missing(names: Iterable[str], component: Path) -> None:
+    """Refuse a component whose files lack weights, which libraries leave random or empty."""
+    require(not list(names), f"{component} has no weights for {', '.join(sorted(names)[:3])}; download it again")
+
+
 def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEncoder:
     """Load what prompts are encoded with.
 
@@ -1533,9 +1544,9 @@ def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEnc
     config.num_hidden_layers -= 1
     if config.layer_types is not None:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    text_encoder = Qwen3Model.from_pretrained(
-        model / "text_encoder", config=config, variant=cfg.variant, dtype=DTYPES[cfg.mixed_precision]
-    )
+    options = {"variant": cfg.variant, "dtype": DTYPES[cfg.mixed_precision], "output_loading_info": True}
+    text_encoder, report = Qwen3Model.from_pretrained(model / "text_encoder", config=config, **options)
+    refuse_missing(report["missing_keys"], model / "text_encoder")
     text_encoder.norm = nn.Identity()
     return TextEncoder(
         AutoTokenizer.from_pretrained(model / "tokenizer"), text_encoder.eval().to("cpu" if cfg.offload else device)
@@ -1561,6 +1572,7 @@ def load_vae(model: Path, cfg: Config, device: torch.device) -> AutoencoderKL:
     """Load the VAE."""
     dtype = DTYPES[cfg.mixed_precision]
     vae = AutoencoderKL.from_pretrained(model / "vae", variant=cfg.variant, torch_dtype=dtype)
+    refuse_missing([name for name, weight in vae.named_parameters() if weight.is_meta], model / "vae")
     return vae.eval().to("cpu" if cfg.offload else device)
 
 
@@ -1874,8 +1886,6 @@ def load_compressed(model: Path, cfg: Config, dtype: torch.dtype, device: torch.
                     module.store(tensor)
                 else:
                     setattr(module, kind, nn.Parameter(tensor.clone(), False))  # a view would keep the whole shard
-    missing = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
-    require(not missing, f"{model}/transformer has no weights for {', '.join(missing[:3])}; download it again")
     return transformer
 
 
@@ -1897,6 +1907,7 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch
         transformer = ZImageTransformer2DModel.from_pretrained(
             model / "transformer", variant=cfg.variant, torch_dtype=dtype, **bnb_options(cfg, dtype)
         )
+    refuse_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
     transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps an earlier run's for the whole process
     if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
         transformer.enable_gradient_checkpointing()
@@ -2138,14 +2149,9 @@ def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def train(
-    cfg: Config,
-    accelerator: Accelerator,
-    transformer: nn.Module,
-    optimizer: Optimizer,
-    batches: Iterator[Batch],
-    samples: list[Sample],
-    schedule: Schedule,
-) -> Iterator[dict[str, float]]:
+    cfg: Config, accelerator: Accelerator, transformer: nn.Module, optimizer: Optimizer, batches: Iterator[Batch],
+    samples: list[Sample], schedule: Schedule,
+) -> Iterator[dict[str, float]]:  # fmt: skip
     """Run the loop, yielding metrics after every optimizer step; saving and sampling happen at the caller's.
 
     It ends early when the batches do. Raises FloatingPointError, before the weights move, if the loss is not finite.
@@ -2401,14 +2407,9 @@ def make_pipeline(transformer: nn.Module, model: Path) -> ZImagePipeline:
 
 
 def draw_pictures(
-    pipeline: ZImagePipeline,
-    vae: AutoencoderKL,
-    jobs: list[tuple[str, int]],
-    side: int,
-    encodings: Encodings,
-    cfg: ValidationConfig,
-    on_step_end: Callable[..., dict[str, Any]] | None = None,
-) -> list[Image.Image]:
+    pipeline: ZImagePipeline, vae: AutoencoderKL, jobs: list[tuple[str, int]], side: int, encodings: Encodings,
+    cfg: ValidationConfig, on_step_end: Callable[..., dict[str, Any]] | None = None,
+) -> list[Image.Image]:  # fmt: skip
     """Draw one square picture per (prompt, seed) from cached embeddings; the global random state is not touched."""
     device, dtype = pipeline.device, pipeline.transformer.dtype
     prompts = [prompt for prompt, _ in jobs] + [cfg.negative_prompt] * (len(jobs) if cfg.guidance_scale > 0 else 0)
@@ -2472,14 +2473,9 @@ def validation_folder(cfg: OutputConfig, step: int) -> Path:
 
 
 def validate(
-    cfg: Config,
-    accelerator: Accelerator,
-    transformer: nn.Module,
-    encodings: Encodings,
-    step: int,
-    stop: StopRequest,
+    cfg: Config, accelerator: Accelerator, transformer: nn.Module, encodings: Encodings, step: int, stop: StopRequest,
     is_final: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Draw PROMPT-IMAGE.png from the live transformer, split over the processes, and put them on sheet.png."""
     prompts, folder = validation_prompts(cfg, is_final), validation_folder(cfg, step)
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
@@ -2793,8 +2789,9 @@ def make_accelerator(cfg: Config) -> Accelerator:
     require(
         is_there, f"--report_to {cfg.report_to}: a tracker's package is not installed; pip install {' '.join(names)}"
     )
-    if cfg.allow_tf32:
-        torch.set_float32_matmul_precision("high")
+    started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
+    require(int(started) == seen, f"accelerate's configuration: {started} processes were started, it sees {seen}")
+    torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
     return accelerator
 
 
@@ -2815,8 +2812,10 @@ def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
             probe = nn.Parameter(torch.zeros(4096, device=device))
             probe.grad = torch.zeros_like(probe)
             make_optimizer([probe], cfg).step()
-    with explained(f"--attention_backend {cfg.attention}"):
+    with explained(f"--attention_backend {cfg.attention}", "it cannot be trained with here; leave it out"):
         make_empty_transformer(model).set_attention_backend(cfg.attention)
+        query = torch.ones(1, 32, 2, 64, dtype=DTYPES[cfg.mixed_precision], device=device, requires_grad=True)
+        dispatch_attention_fn(query, query, query).sum().backward()
 
 
 @contextlib.contextmanager
@@ -2907,14 +2906,9 @@ def make_plan(cfg: Config, model: Path, accelerator: Accelerator) -> Plan:
 
 
 def learn(
-    cfg: Config,
-    accelerator: Accelerator,
-    transformer: nn.Module,
-    optimizer: Optimizer,
-    plan: Plan,
-    encodings: Encodings,
-    stop: StopRequest,
-) -> None:
+    cfg: Config, accelerator: Accelerator, transformer: nn.Module, optimizer: Optimizer, plan: Plan,
+    encodings: Encodings, stop: StopRequest,
+) -> None:  # fmt: skip
     """Train from where the run was left, with pictures and checkpoints. Raises Stopped, once its steps are saved."""
     resume(accelerator, cfg, transformer, optimizer, plan.checkpoint)
     schedule, origin = plan.schedule, describe_run(cfg, plan.samples, plan.schedule)
@@ -2956,8 +2950,8 @@ def run_all(cfg: Config, stop: StopRequest) -> Path:
     check_hardware(cfg, model, accelerator.device)
     layers = resolve_lora_layers(cfg.lora_layers, model)
     plan = make_plan(cfg, model, accelerator)
-    prepare_output(cfg, accelerator)
     repository = open_repository(cfg) if cfg.push_to_hub and accelerator.is_main_process else None
+    prepare_output(cfg, accelerator)
 
     encodings = identify_encodings(cfg, model, accelerator)
     fill_prompts_cache(needed_prompts(plan.samples, cfg), encodings, cfg, accelerator)
