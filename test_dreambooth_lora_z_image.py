@@ -210,7 +210,9 @@ def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
     assert broken_house_rules(source) == [] and len(source.splitlines()) < 3000
     assert "from __future__" not in source
-    assert re.findall(r"\bprint\(.*", source) == ["print(printable(redact(sentence, cfg)), file=sys.stderr)"]
+    assert re.findall(r"\bprint\(.*", source) == [
+        "print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)"
+    ]
 
 
 def test_house_rules_find_what_they_forbid():
@@ -2338,12 +2340,14 @@ def test_the_optimizers_settings_are_those_of_the_resumed_run(make_config, tmp_p
 def test_latest_without_a_checkpoint_starts_afresh(make_config, capsys, tmp_path):
     (tmp_path / "out" / "checkpoint-foo").mkdir(parents=True)
     (tmp_path / "out" / f".checkpoint-2.{'ab' * 16}.tmp").mkdir()  # of a run that was killed while saving
-    (tmp_path / "out" / "validation").mkdir()
-    (tmp_path / "out" / "validation" / f".{'cd' * 16}.tmp").write_bytes(b"half")
-    (tmp_path / "out" / "validation" / ".mine.tmp").write_bytes(b"not of this program")
+    (tmp_path / "out" / "validation" / "step-000000").mkdir(parents=True)
+    (tmp_path / "out" / "validation" / "step-000000" / f".{'cd' * 16}.tmp").write_bytes(b"half")
+    (tmp_path / "out" / "validation" / "step-000000" / ".mine.tmp").write_bytes(b"not of this program")
+    (tmp_path / "out" / "another run").mkdir()
+    (tmp_path / "out" / "another run" / f".{'ef' * 16}.tmp").write_bytes(b"being written")
     run(make_config(resume_from_checkpoint="latest"))
     assert "starting afresh" in capsys.readouterr().out and len(metrics_of(make_config())) == 2
-    assert [path.name for path in (tmp_path / "out").rglob(".*.tmp")] == [".mine.tmp"]
+    assert {path.name for path in (tmp_path / "out").rglob(".*.tmp")} == {".mine.tmp", f".{'ef' * 16}.tmp"}
 
 
 def test_resuming_with_what_cannot_fit_is_refused_before_anything_is_touched(make_config, tmp_path):

@@ -1202,7 +1202,8 @@ def check_output(cfg: Config) -> None:
     )
     is_demo = cfg.demo and settings.get("demo") is True
     has_steps = (output / "metrics.jsonl").is_file() and (output / "metrics.jsonl").stat().st_size > 0
-    is_free = RUN_FILES[0] not in present and not checkpoints and (cfg.resume_from_checkpoint or not has_steps)
+    is_begun = has_steps and cfg.resume_from_checkpoint != "latest"
+    is_free = RUN_FILES[0] not in present and not checkpoints and not is_begun
     is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
     require(
         is_free or is_demo or is_resumed or cfg.overwrite_output_dir,
@@ -1373,13 +1374,16 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
     except (UserError, FloatingPointError, OSError, Stopped) as error:  # OSError: a disk is full, or not ours to write
         sentence, status = (str(error), 128 + error.number) if isinstance(error, Stopped) else (f"error: {error}", 2)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
-            print(printable(redact(sentence, cfg)), file=sys.stderr)
+            print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)
+        if isinstance(error, Stopped):
+            os._exit(status)  # taking processes apart would wait for those that have gone, a dead launcher's for ever
         sys.exit(status)
 
 
 RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when pasted into a notebook cell
 PARENT = os.getppid()  # before the imports, during which it may die
 if RUN_AS_SCRIPT:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` listens, Ctrl-C ends without a traceback
     CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once
     sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # wandb records them
     run_or_exit(check_inputs, CONFIG)
@@ -2847,7 +2851,8 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
         is_ours = "environment" in read_own_config(output) or bool(list_checkpoints(output))
         if is_ours and (cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)):
             remove_run(output)
-        for leftover in [*output.rglob(".*.tmp")]:  # of a run that was killed while writing
+        leftovers = [*output.glob(".*.tmp"), *output.glob("validation/step-*/.*.tmp")]
+        for leftover in leftovers:  # of a run that was killed while writing
             if re.fullmatch(r"\.(checkpoint-\d+\.)?[0-9a-f]{32}\.tmp", leftover.name):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         save_config(cfg)
@@ -2934,7 +2939,8 @@ def learn(
     if step < last:
         if step > schedule.first_step:
             save_checkpoint(accelerator, cfg, transformer, optimizer, step, origin)
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
         raise Stopped(f"stopped by {stop.reason} after step {step}{', which is saved' * (step > 0)}", stop.number)
     stop.is_deferred = False
 
