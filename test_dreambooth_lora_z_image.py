@@ -1940,7 +1940,7 @@ def test_fp8_training_is_refused_below_compute_capability_8_9(model, make_config
     cuda, ones = torch.device("cuda"), torch.ones
     monkeypatch.setattr(
         torch, "ones", lambda *size, device=None, **options: ones(*size, **options)
-    )  # there is no such GPU
+    )  # no such GPU here
     for capability, is_refused in (((8, 6), True), ((8, 9), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         refusal = pytest.raises(UserError, match="--do_fp8_training needs a GPU of compute capability 8.9")
