@@ -1376,6 +1376,7 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
             print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)
         if isinstance(error, Stopped):
+            sys.stdout.flush()
             os._exit(status)  # taking processes apart would wait for those that have gone, a dead launcher's for ever
         sys.exit(status)
 
@@ -1533,9 +1534,9 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(origin)
 
 
-def refuse_missing(names: Iterable[str], component: Path) -> None:
+def refuse_missing(names: list[str] | set[str], component: Path) -> None:
     """Refuse a component whose files lack weights, which libraries leave random or empty."""
-    require(not list(names), f"{component} has no weights for {', '.join(sorted(names)[:3])}; download it again")
+    require(not names, f"{component} has no weights for {', '.join(sorted(names)[:3])}; download it again")
 
 
 def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEncoder:
