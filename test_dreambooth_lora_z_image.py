@@ -1213,6 +1213,21 @@ MISTAKES = {
         and (w / "out" / "metrics.jsonl").write_text('{"step": 1}\n') and [],
         "holds another run; continue it with --resume_from_checkpoint latest",
     ),
+    "a folder under the name of a file": (
+        lambda w: (w / "out" / "metrics.jsonl").mkdir(parents=True)
+        or (w / "out" / "config.json").write_text('{"environment": {}}') and [],
+        "--output_dir out holds metrics.jsonl, which this program did not write",
+    ),
+    "output is a link to nothing": (
+        lambda w: (w / "out").symlink_to("nowhere") or [], "--output_dir out: out is a file"
+    ),
+    "logs among the pictures": (
+        lambda w: [f"--logging_dir={w / 'dog' / 'logs'}"], "--logging_dir lies in --instance_data_dir"
+    ),
+    "two attention backends": (
+        lambda w: ["--enable_npu_flash_attention", "--attention_backend=flash"],
+        "--enable_npu_flash_attention contradicts --attention_backend flash",
+    ),
     "output among the pictures": (
         lambda w: ["--output_dir=dog/out"],
         "--output_dir lies in --instance_data_dir",
@@ -1265,12 +1280,12 @@ def test_mistakes_are_answered_in_a_sentence_before_torch(mistake, workplace, mo
         "--cache_dir=cache",
     ]
     more = make(workplace)
-    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in workplace.rglob("*")}
     prompt = [] if mistake == "no prompt" else ["--instance_prompt=p"]
     done = run_script(*flags, *prompt, *more, cwd=workplace, without_torch=True, tmp_path=workplace)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (words or "--instance_prompt does not take 3") in done.stderr
-    assert {path: t for path in workplace.rglob("*") if (t := path.stat().st_mtime_ns) and path in before} == before
+    assert {path: t for path in workplace.rglob("*") if (t := path.lstat().st_mtime_ns) and path in before} == before
 
 
 def test_a_disk_that_refuses_is_answered_in_a_sentence(workplace, model, capsys):
@@ -1331,6 +1346,14 @@ def test_a_missing_package_gets_its_pip_line(package, changes, make_config, monk
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         z.check_packages(make_config(**changes))
+
+
+def test_a_folder_with_the_name_of_a_package_is_none(make_config, monkeypatch, tmp_path):
+    (tmp_path / "prodigyopt").mkdir()
+    monkeypatch.delitem(sys.modules, "prodigyopt", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="pip install prodigyopt"):
+        z.check_packages(make_config(**PRODIGY))
 
 
 @pytest.mark.parametrize("missing", [[], ["wandb", "bitsandbytes", "torchao", "prodigyopt"]])
@@ -1918,7 +1941,14 @@ def test_a_quantised_model_is_read_from_shards_and_its_gaps_are_named(model, mak
     assert len(list(folder.glob("*.safetensors"))) > 3
     sharded = z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters()))
-    sorted(folder.glob("*.safetensors"))[1].unlink()
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    tensors = load_file(first)
+    for strange in ({**tensors, "extra.weight": torch.ones(2)}, {name: torch.ones(3) for name in tensors}):
+        save_file(strange, first)
+        with pytest.raises(UserError, match=r"of \S+safetensors does not fit; download the model again"):
+            z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
+    save_file(tensors, first)
+    second.unlink()
     with pytest.raises(UserError, match="transformer has no weights for .*; download it again"):
         z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
 
@@ -2277,6 +2307,9 @@ DAMAGES = {
     "optimizer, gone": lambda folder: (folder / "optimizer.safetensors").unlink(),
     "state, gone": lambda folder: (folder / "state.json").unlink(),
     "manifest, gone": lambda folder: (folder / "manifest.json").unlink(),
+    "another one's number": lambda folder: shutil.copytree(
+        folder.with_name("checkpoint-2"), folder, dirs_exist_ok=True
+    ),
 }
 
 
@@ -2762,7 +2795,7 @@ def small_run(model, *more):
 def steps_on_disk(output):
     """The steps of metrics.jsonl and of the checkpoints, all of which must be intact."""
     rows = [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()]
-    assert rows == list(range(1, len(rows) + 1)) and all(map(z.is_intact, z.list_checkpoints(output)))
+    assert rows == list(range(1, len(rows) + 1)) and all(map(z.read_checkpoint, z.list_checkpoints(output)))
     return rows, [int(path.name[11:]) for path in z.list_checkpoints(output)]
 
 
@@ -2941,7 +2974,7 @@ def test_a_run_killed_at_six_moments_ends_in_the_same_bytes(workplace, model):
     expected, flags = run_undisturbed(workplace, model, name), killed_config(workplace, model, name)
     for event in list(EVENTS)[1:]:
         assert kill_when(start(workplace, *flags), lambda: has_happened(workplace, event)), event
-        assert all(map(z.is_intact, z.list_checkpoints(workplace / "out"))), event
+        assert all(map(z.read_checkpoint, z.list_checkpoints(workplace / "out"))), event
     process = start(workplace, *flags)
     assert process.communicate() and process.returncode == 0
     assert results(workplace) == expected
@@ -3008,11 +3041,15 @@ CHANGED = {
     "accumulation": ({"gradient_accumulation_steps": 2}, r"--gradient_accumulation_steps 2 \(was 1\)"),
     "prompt": ({"instance_prompt": "other"}, "pictures: 0.png"),
     "flips": ({"random_flip": True}, r"--random_flip True \(was False\)"),
+    "objective": ({"weighting_scheme": "none"}, r"--weighting_scheme none \(was logit_normal\)"),
+    "precision": ({"mixed_precision": "bf16"}, r"--mixed_precision bf16 \(was no\)"),
+    "storage": ({"quantization": "int8"}, r"--quantization int8 \(was None\)"),
+    "dropout": ({"lora_dropout": 0.1}, r"--lora_dropout 0.1 \(was 0.0\)"),
     "two": ({"seed": 1, "gradient_accumulation_steps": 2}, r"--seed 1 \(was 0\); --gradient_accumulation_steps 2"),
 }
 
 
-def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tmp_path, pictures):
+def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tmp_path, pictures, model):
     cfg = make_config(max_train_steps=1)
     run(cfg)
     again = dataclasses.replace(cfg, resume_from_checkpoint="latest", max_train_steps=2)
@@ -3027,10 +3064,20 @@ def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tm
     harmless = {"validation_prompt": ("a",), "checkpointing_steps": 1, "guidance_scale": 0.0, "learning_rate": 1e-3}
     harmless |= {"lora_alpha": 4.0}  # which it was by default
     run(dataclasses.replace(again, **harmless))
+    moved = dataclasses.replace(
+        again, pretrained_model_name_or_path=str(shutil.copytree(model, tmp_path / "m")), max_train_steps=3
+    )
+    file = tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors"
+    original = file.read_bytes()
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"model by its hash [0-9a-f]{12} \(was [0-9a-f]{12}\)"):
+        run(moved)
+    file.write_bytes(original)
+    run(moved)
     draw(pictures / "1.png", color=(1, 2, 3))
     (pictures / "0.png").unlink()
     with pytest.raises(UserError, match=r"data: pictures: 0.png, 1.png. Give the same again, or --resume_anyway"):
-        run(dataclasses.replace(again, max_train_steps=3))
+        run(dataclasses.replace(again, max_train_steps=4))
 
 
 def test_two_runs_cannot_share_an_output_folder(make_config, tmp_path):
@@ -3106,9 +3153,9 @@ def test_a_full_disk_gets_a_sentence_and_harms_nothing(make_config, tmp_path, ca
     with full_disk(4000), pytest.raises(SystemExit) as stop:
         z.run_or_exit(run, dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="latest"))
     printed = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and re.fullmatch(r"error: \[Errno 27\] File too large.*", printed)
+    assert stop.value.code == 2 and re.fullmatch(r"error: \[Errno 27\] File too large: '.*/out/\S+'", printed)
     assert lora_bytes(cfg) == expected and [path.name for path in z.list_checkpoints(out)] == ["checkpoint-2"]
-    assert z.is_intact(out / "checkpoint-2") and not [path for path in out.rglob("*.tmp")]
+    assert z.read_checkpoint(out / "checkpoint-2") and not [path for path in out.rglob("*.tmp")]
     run(dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="latest"))
     assert len(losses_of(cfg)) == 3
 
@@ -3229,6 +3276,12 @@ def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
     assert lora_bytes(half) == lora_bytes(cfg) and metrics_of(half) == rows
     with pytest.raises(FloatingPointError, match="loss is nan"):
         run(dataclasses.replace(cfg, on_nan="stop", output_dir=str(tmp_path / "stops")))
+    for file in (tmp_path / "cache").rglob("latents/*.safetensors"):
+        save_file({"latents": torch.full_like(load_file(file)["latents"], math.nan)}, file)
+    hopeless = dataclasses.replace(cfg, output_dir=str(tmp_path / "hopeless"), max_train_steps=20)
+    with pytest.raises(FloatingPointError, match="step 11: .* the run stops, .* first step an empty --cache_dir"):
+        run(hopeless)
+    assert [row["is_skipped"] for row in metrics_of(hopeless)] == [True] * 10
 
 
 # =====================================================================================================================
@@ -3442,6 +3495,8 @@ def test_tensorboard(make_config, tmp_path):
 def test_trackers_that_cannot_start_get_a_sentence(make_config, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="--report_to wandbb: accelerate knows all,.*wandb"):
         run(make_config(report_to="wandbb"))
+    assert make_config(report_to="wandb, tensorboard,wandb").trackers == ["wandb", "tensorboard"]
+    assert make_config(report_to="none").trackers == []
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with pytest.raises(UserError, match="--report_to wandb cannot start: .*wandb login"):

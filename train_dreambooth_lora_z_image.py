@@ -360,10 +360,12 @@ class HardwareConfig(Settings):
         return "_native_npu" if self.enable_npu_flash_attention else self.attention_backend
 
     def check(self) -> None:
-        """Refuse two formats for the same weights."""
+        """Refuse two formats for the same weights, and two attention backends."""
         formats = ("quantization", "do_fp8_training", "bnb_quantization_config_path")
         given = [f"--{name}" for name in formats if getattr(self, name)]
         require(len(given) < 2, f"{' and '.join(given)} are formats for the same weights; give one of them")
+        is_one = not self.enable_npu_flash_attention or self.attention_backend in ("native", self.attention)
+        require(is_one, f"--enable_npu_flash_attention contradicts --attention_backend {self.attention_backend}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,6 +400,12 @@ class OutputConfig(Settings):
     demo: bool = flag(False, "Train a tiny random model on drawn pictures, both made under --output_dir.")
 
     @property
+    def trackers(self) -> list[str]:
+        """The names in `--report_to`; empty for none."""
+        names = dict.fromkeys(re.findall(r"[^\s,]+", self.report_to))
+        return [name for name in names if name != "none"]
+
+    @property
     def repository(self) -> str:
         """The repository that `--push_to_hub` uploads to."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
@@ -428,9 +436,8 @@ class Config(
             kind = " or ".join(re.findall(r"'(\w+)'", str(hint))) or str(hint)
             shown = "this value" if field.metadata["is_secret"] else repr(value)
             require(matches(value, hint), f"--{field.name} does not take {shown}; it takes {kind}")
-            require(
-                value != "" or field.name.endswith("prompt"), f"--{field.name} is empty; give a value or leave it out"
-            )
+            is_given = value != "" or field.name.endswith("prompt")
+            require(is_given, f"--{field.name} is empty; give a value or leave it out")
             for name, bound in field.metadata["bounds"].items():
                 holds, words = BOUNDS[name]
                 require(value is None or holds(value, bound), f"--{field.name} {words} {bound}, got {value}")
@@ -639,8 +646,10 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         put_in_place(temporary, path)
-    except BaseException:  # a full disk, a signal: leave nothing behind
+    except BaseException as error:  # a full disk, a signal: leave nothing behind
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 
@@ -893,11 +902,9 @@ def export_dataset(cfg: Config) -> Path:
     cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
     with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded"):
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
-    names = ", ".join(splits)
-    require(
-        "train" in splits or len(splits) == 1, f"--dataset_name {cfg.dataset_name} has no split train, but {names}"
-    )
-    table = splits["train"] if "train" in splits else next(iter(splits.values()))
+    split = next(iter(splits)) if len(splits) == 1 else "train"
+    require(split in splits, f"--dataset_name {cfg.dataset_name} has no split train, but {', '.join(splits)}")
+    table = splits[split]
     for name, column in (("image_column", cfg.image_column), ("caption_column", cfg.caption_column)):
         require(
             column is None or column in table.column_names,
@@ -1086,6 +1093,7 @@ def training_side(cfg: DataConfig) -> int:
 # =====================================================================================================================
 
 RUN_FILES = ("pytorch_lora_weights.safetensors", "config.json", "metrics.jsonl", "README.md")
+SHARED_FILES = ("pytorch_lora_weights.safetensors", "README.md", "config.json", "validation/step-*/*.png")
 CHECKPOINT_FILES = ("lora.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -1113,13 +1121,16 @@ def file_entry(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": sha256(content)}
 
 
-def is_intact(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint's files are on disk as its manifest says."""
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read a checkpoint if its files are on disk as its manifest says, and its step as its name does; else None."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-        return manifest == {name: file_entry((checkpoint / name).read_bytes()) for name in CHECKPOINT_FILES}
-    except (OSError, ValueError, RecursionError):
-        return False
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        state = json.loads((folder / "state.json").read_bytes())
+        step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        is_intact = manifest == {name: file_entry((folder / name).read_bytes()) for name in CHECKPOINT_FILES}
+        return Checkpoint(folder, step, state) if is_intact and (named is None or int(named[1]) == step) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def find_checkpoint(cfg: Config) -> Checkpoint | None:
@@ -1130,43 +1141,11 @@ def find_checkpoint(cfg: Config) -> Checkpoint | None:
     found = list_checkpoints(output) if name == "latest" else [Path(name), output / name]
     found = [path for path in found if os.path.isdir(path)]
     require(bool(found), f"--resume_from_checkpoint {name} is no folder; name a checkpoint-N, or 'latest'")
-    intact = next(filter(is_intact, reversed(found)), None)
+    intact = next(filter(None, map(read_checkpoint, reversed(found))), None)
     problem = f"{found[-1]} is damaged or no checkpoint of this program" + ", and so are all here" * (name == "latest")
     remedy = "name another one, or start over with --overwrite_output_dir"
     require(intact is not None, f"--resume_from_checkpoint {name}: {problem}; {remedy}")
-    with explained(f"--resume_from_checkpoint: {intact} is none of this program's", "name another one"):
-        state = json.loads(read_text(intact / "state.json"))
-        return Checkpoint(intact, int(state["step"]), state)
-
-
-def describe_run(cfg: Config, samples: list[Sample], schedule: Schedule) -> dict[str, Any]:
-    """List what a checkpoint is bound to: the examples that come next, and what is trained."""
-    bound = (
-        "seed", "rank", "lora_layers", "optimizer", "resolution", "repeats", "center_crop",
-        "random_flip", "cache_latents", "gradient_accumulation_steps",
-    )  # fmt: skip
-    contents = [(sample.digest, sample.bucket, sample.prompt, sample.is_prior) for sample in samples]
-    pictures = [
-        f"{sha256(json.dumps(content).encode())} {sample.path.name}" for sample, content in zip(samples, contents)
-    ]
-    settings = {f"--{name}": getattr(cfg, name) for name in bound}
-    settings |= {"--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state}
-    return settings | {"--train_batch_size x processes": schedule.micro_batch, "pictures": pictures}
-
-
-def check_continuity(cfg: Config, checkpoint: Checkpoint, run: dict[str, Any]) -> None:
-    """Refuse to continue with other data or settings than the checkpoint's, unless that is possible and meant."""
-    before = checkpoint.state["run"]
-    changed = {name: f"{name} {run[name]} (was {before[name]})" for name in run if run[name] != before[name]}
-    if "pictures" in changed:
-        names = sorted({line[65:] for line in set(run["pictures"]) ^ set(before["pictures"])})
-        changed["pictures"] = f"pictures: {', '.join(names[:10]) or 'in another order'}{', ...' * (len(names) > 10)}"
-    is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
-    require(
-        not changed or (is_possible and cfg.resume_anyway),
-        f"{checkpoint.folder} was made with other settings or data: {'; '.join(changed.values())}. Give the same again"
-        f"{', or --resume_anyway if the change is meant' * is_possible}",
-    )
+    return intact
 
 
 def is_whole(path: Path) -> bool:
@@ -1185,7 +1164,7 @@ def check_output(cfg: Config) -> None:
     """Refuse an output folder that is a file, that holds another run, or other files under the names of ours."""
     output = Path(cfg.output_dir)
     for path in (output, *output.parents):
-        require(not os.path.exists(path) or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
+        require(not os.path.lexists(path) or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
     require(
         cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir,
         "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two",
@@ -1196,6 +1175,7 @@ def check_output(cfg: Config) -> None:
     foreign = present if "environment" not in settings and not checkpoints else []
     numbered = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     foreign += sorted(path.name for path in numbered if path not in checkpoints)
+    foreign += [name for name in (*RUN_FILES, ".lock") if (output / name).is_dir() and name not in foreign]
     require(
         not foreign,
         f"--output_dir {output} holds {', '.join(foreign)}, which this program did not write; name another folder",
@@ -1275,10 +1255,10 @@ def check_packages(cfg: Config) -> None:
         "torchao": cfg.storage in ("fp8", "int8"),
         "bitsandbytes": is_bnb_format or cfg.has_8bit_state,
     }
-    needed |= {name: name in cfg.report_to.split(",") for name in ("wandb", "tensorboard")}
+    needed |= {name: name in cfg.trackers for name in ("wandb", "tensorboard")}
     for package, is_needed in needed.items():
         require(
-            not is_needed or importlib.util.find_spec(package) is not None,
+            not is_needed or getattr(importlib.util.find_spec(package), "origin", None) is not None,
             f"the package {package} is needed and not installed: pip install {package}",
         )
 
@@ -1357,6 +1337,7 @@ def check_nesting(cfg: Config) -> None:
     """Refuse folders below pictures that are learned, where pictures this program makes would be learned as well."""
     names = ("instance_data_dir", "dataset_name", "class_data_dir", "output_dir", "cache_dir")
     folders = {name: Path(getattr(cfg, name)).resolve() for name in names if getattr(cfg, name) is not None}
+    folders["logging_dir"] = Path(cfg.output_dir, cfg.logging_dir).resolve()  # wandb copies validation pictures
     for source in names[:3]:
         if source in folders and (source != "dataset_name" or os.path.isdir(folders[source])):
             inside = [name for name in folders if name != source and folders[name].is_relative_to(folders[source])]
@@ -1429,6 +1410,7 @@ for library in (transformers.logging, diffusers_logging):
 # =====================================================================================================================
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 ENCODING_VERSION = 1  # raise it when the same ingredients begin to give other encodings
 
 
@@ -1488,6 +1470,8 @@ def find_model(cfg: Config, accelerator: Accelerator) -> Path:
 
 def file_digest(path: Path, folder: Path) -> str:
     """Hash a large file, remembering the result by path, size and time of change."""
+    if re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
+        return path.resolve().name  # the hub's cache names large files by their SHA-256
     status = path.stat()
     memo = cache_file(folder, "digests", str(path.resolve()), status.st_size, status.st_mtime_ns)
     if not memo.exists() or re.fullmatch(rb"[0-9a-f]{64}", memo.read_bytes()) is None:
@@ -1553,9 +1537,8 @@ def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEnc
     text_encoder, report = Qwen3Model.from_pretrained(model / "text_encoder", config=config, **options)
     refuse_missing(report["missing_keys"], model / "text_encoder")
     text_encoder.norm = nn.Identity()
-    return TextEncoder(
-        AutoTokenizer.from_pretrained(model / "tokenizer"), text_encoder.eval().to("cpu" if cfg.offload else device)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
+    return TextEncoder(tokenizer, text_encoder.eval().to("cpu" if cfg.offload else device))
 
 
 @torch.no_grad()
@@ -1623,9 +1606,8 @@ def noise_seed(cfg: TrainingConfig, number: int) -> int:
 def load_pixels(sample: Sample, augmentation: Augmentation) -> Tensor:
     """Load a picture scaled to cover its bucket, cropped and perhaps mirrored. -> (3, H, W) in [-1, 1]"""
     height, width = sample.bucket
-    picture = ImageOps.fit(
-        load_picture(sample.path), (width, height), Image.Resampling.LANCZOS, centering=augmentation.centering
-    )
+    place, picture = augmentation.centering, load_picture(sample.path)
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS, centering=place)
     if augmentation.is_flipped:
         picture = ImageOps.mirror(picture)
     return picture_tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
@@ -1705,9 +1687,6 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings, cfg: Config,
     accelerator.wait_for_everyone()
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-
 def ignore_signals(worker: int) -> None:
     """Leave the signals of the whole group to the main process, which ends its workers when it is done."""
     for number in STOP_SIGNALS:
@@ -1759,13 +1738,11 @@ def make_batches(
 # Transformer and LoRA
 # =====================================================================================================================
 
+FP8 = torch.float8_e4m3fn
 LAYER_ALIASES = {  # names from diffusers' other transformers, which commands for Z-Image have inherited
     "ff.net.0.proj": ("feed_forward.w1", "feed_forward.w3"),
     "ff.net.2": ("feed_forward.w2",),
 }
-
-
-FP8 = torch.float8_e4m3fn
 
 
 class Format(NamedTuple):
@@ -1878,6 +1855,7 @@ def make_empty_transformer(model: Path) -> ZImageTransformer2DModel:
 def load_compressed(model: Path, cfg: Config, dtype: torch.dtype, device: torch.device) -> ZImageTransformer2DModel:
     """Read the transformer tensor by tensor, quantising at once: it never exists whole in its original precision."""
     transformer = make_empty_transformer(model).to(dtype)
+    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
     for block in (module for module in transformer.modules() if isinstance(module, ZImageTransformerBlock)):
         for name, linear in list(block.named_modules()):
             if isinstance(linear, nn.Linear):
@@ -1885,8 +1863,10 @@ def load_compressed(model: Path, cfg: Config, dtype: torch.dtype, device: torch.
     for file in weight_files(model / "transformer", cfg.variant):
         with safe_open(file, "pt") as shard:
             for name in shard.keys():
+                tensor = shard.get_tensor(name).to(device, dtype)
+                require(tensor.shape == shapes.get(name), f"{name} of {file} does not fit; download the model again")
                 owner, _, kind = name.rpartition(".")
-                module, tensor = transformer.get_submodule(owner), shard.get_tensor(name).to(device, dtype)
+                module = transformer.get_submodule(owner)
                 if isinstance(module, FrozenLinear) and kind == "weight":
                     module.store(tensor)
                 else:
@@ -1909,9 +1889,8 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch
     if cfg.storage is not None:
         transformer = load_compressed(model, cfg, dtype, device)
     else:
-        transformer = ZImageTransformer2DModel.from_pretrained(
-            model / "transformer", variant=cfg.variant, torch_dtype=dtype, **bnb_options(cfg, dtype)
-        )
+        options = {"variant": cfg.variant, "torch_dtype": dtype} | bnb_options(cfg, dtype)
+        transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
     refuse_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
     transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps an earlier run's for the whole process
     if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
@@ -1921,7 +1900,7 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch
 
 def expand_range(name: str) -> Iterator[str]:
     """Write `layers.0-9.attention` out as ten names; a name without a range stays as it is."""
-    match = re.fullmatch(r"(.+\.)(\d+)-(\d+)(\..+)?", name)
+    match = re.fullmatch(r"(.+\.)(\d{1,99})-(\d{1,99})(\..+)?", name)
     if match is None or int(match[2]) > int(match[3]):
         return iter([name])
     return (f"{match[1]}{number}{match[4] or ''}" for number in range(int(match[2]), int(match[3]) + 1))
@@ -2039,9 +2018,7 @@ def predict_velocity(
     transformer: nn.Module, noisy_latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]
 ) -> Tensor:
     """Speak Z-Image's dialect: lists instead of batches, a frame axis, time 1 - sigma, and the opposite sign."""
-    assert len(prompt_embeds) == len(noisy_latents), (
-        "the model pairs images with captions by zip and drops the surplus"
-    )
+    assert len(prompt_embeds) == len(noisy_latents), "the model pairs them by zip and drops the surplus"
     frames = list(noisy_latents.unsqueeze(2).unbind(0))  # B of (16, 1, h, w)
     outputs = transformer(frames, 1 - sigmas, prompt_embeds, return_dict=False)[0]
     return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
@@ -2161,7 +2138,7 @@ def train(
 
     It ends early when the batches do. Raises FloatingPointError, before the weights move, if the loss is not finite.
     """
-    learning_rate_at = make_learning_rate(cfg, schedule)
+    learning_rate_at, skipped = make_learning_rate(cfg, schedule), 0
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     transformer.train()
     for step in range(schedule.first_step, schedule.max_train_steps):
@@ -2179,10 +2156,11 @@ def train(
         metrics = {"step": step + 1, "loss": loss, "grad_norm": grad_norm}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
-        if is_finite(metrics, samples, cfg, schedule):
-            optimizer.step()
-        else:
+        skipped = 0 if is_finite(metrics, samples, cfg, schedule, skipped) else skipped + 1
+        if skipped:
             metrics["is_skipped"] = True
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         lr = learning_rate_at(step) * optimizer.param_groups[0].get("d", 1.0)  # Prodigy's rate counts times its d
         yield metrics | {"lr": lr, "seconds": round(time.perf_counter() - started, 3)}
@@ -2220,10 +2198,10 @@ def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[in
     return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
-def is_finite(metrics: dict[str, float], samples: list[Sample], cfg: Config, schedule: Schedule) -> bool:
+def is_finite(metrics: dict[str, float], samples: list[Sample], cfg: Config, schedule: Schedule, skipped: int) -> bool:
     """Tell whether a step's numbers are finite; if not, name its pictures and noise levels, on all processes.
 
-    Raises FloatingPointError, or with `--on_nan skip` returns False.
+    Raises FloatingPointError, or with `--on_nan skip` returns False, up to ten times in a row.
     """
     step, count = metrics["step"], cfg.gradient_accumulation_steps
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
@@ -2234,14 +2212,14 @@ def is_finite(metrics: dict[str, float], samples: list[Sample], cfg: Config, sch
     examples = [f"{samples[draw.sample].path} at sigma {sigma:.3f}" for draw, sigma in zip(draws, sigmas)]
     problem = f"step {step}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, with "
     problem += ", ".join(examples)
-    if cfg.on_nan == "skip":
+    if cfg.on_nan == "skip" and skipped < 10:
         say(f"warning: {problem}; the step is skipped")
         return False
-    checkpoints = [path for path in list_checkpoints(Path(cfg.output_dir)) if is_intact(path)]
+    checkpoints = [path for path in list_checkpoints(Path(cfg.output_dir)) if read_checkpoint(path)]
     good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
     raise FloatingPointError(
-        f"{problem}; the run stops, its weights unmoved; {good}. "
-        "A lower --learning_rate is the usual remedy; --on_nan skip goes on without such steps"
+        f"{problem}; the run stops, its weights unmoved; {good}. A lower --learning_rate is the usual remedy, at the "
+        "first step an empty --cache_dir; --on_nan skip goes on without such steps, unless ten come in a row"
     )
 
 
@@ -2308,7 +2286,7 @@ def save_checkpoint(
     if accelerator.is_main_process and not folder.exists():
         write_checkpoint(folder, dict(zip(CHECKPOINT_FILES, files)))
         for old in list_checkpoints(folder.parent)[: -(cfg.checkpoints_total_limit or sys.maxsize)]:
-            if is_intact(old):  # a damaged one is left for its owner to look at
+            if read_checkpoint(old):  # a damaged one is left for its owner to look at
                 remove_folder(old)
     accelerator.wait_for_everyone()
 
@@ -2325,7 +2303,7 @@ def write_checkpoint(folder: Path, files: dict[str, bytes]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if not is_intact(folder):
+    if read_checkpoint(folder) is None:
         raise OSError(f"{folder} cannot be read back as it was written; check the disk")
 
 
@@ -2335,6 +2313,41 @@ def remove_folder(folder: Path) -> None:
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
         os.replace(folder, temporary)
         shutil.rmtree(temporary)
+
+
+def describe_run(cfg: Config, model: Path, samples: list[Sample], schedule: Schedule) -> dict[str, Any]:
+    """List what a checkpoint is bound to: the examples that come next, what is trained, and how it is measured."""
+    bound = (
+        "seed", "rank", "lora_layers", "lora_dropout", "optimizer", "resolution", "repeats", "center_crop",
+        "random_flip", "cache_latents", "max_sequence_length", "gradient_accumulation_steps", "mixed_precision",
+        "quantization", "do_fp8_training", *(field.name for field in dataclasses.fields(ObjectiveConfig)),
+    )  # fmt: skip
+    components = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
+    contents = [identify(model / name, cfg) for name in components]
+    pictures = []
+    for sample in samples:
+        content = json.dumps((sample.digest, sample.bucket, sample.prompt, sample.is_prior)).encode()
+        pictures.append(f"{sha256(content)} {sample.path.name}")
+    settings = {f"--{name}": getattr(cfg, name) for name in bound}
+    settings |= {"--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state}
+    settings |= {"--bnb_quantization_config_path": read_bnb_settings(cfg)}
+    settings |= {"model by its hash": sha256(json.dumps(contents).encode())[:12], "pictures": pictures}
+    return settings | {"--train_batch_size x processes": schedule.micro_batch}
+
+
+def check_continuity(cfg: Config, checkpoint: Checkpoint, run: dict[str, Any]) -> None:
+    """Refuse to continue with other data or settings than the checkpoint's, unless that is possible and meant."""
+    before = checkpoint.state["run"]
+    changed = {name: f"{name} {run[name]} (was {before.get(name)})" for name in run if run[name] != before.get(name)}
+    if "pictures" in changed:
+        names = sorted({line[65:] for line in set(run["pictures"]) ^ set(before["pictures"])})
+        changed["pictures"] = f"pictures: {', '.join(names[:10]) or 'in another order'}{', ...' * (len(names) > 10)}"
+    is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
+    require(
+        not changed or (is_possible and cfg.resume_anyway),
+        f"{checkpoint.folder} was made with other settings or data: {'; '.join(changed.values())}. Give the same again"
+        f"{', or --resume_anyway if the change is meant' * is_possible}",
+    )
 
 
 def resume(
@@ -2354,7 +2367,8 @@ def resume(
         for later in list_checkpoints(Path(cfg.output_dir)):
             if int(later.name[11:]) > step:  # else `latest` would find it one day
                 aside = later.with_name(f"superseded-{later.name}-{uuid.uuid4().hex[:8]}")
-                say(f"{later} is {'not continued' if is_intact(later) else 'damaged'}; it is now called {aside.name}")
+                state = "not continued" if read_checkpoint(later) else "damaged"
+                say(f"{later} is {state}; it is now called {aside.name}")
                 os.replace(later, aside)
 
 
@@ -2371,9 +2385,7 @@ def load_checkpoint(checkpoint: Checkpoint, transformer: nn.Module, optimizer: O
     counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
     numbers = {path.split(".")[0] for path in values}
     fits = lora.keys() == lora_tensors(transformer).keys() and numbers == set(map(str, fresh["params"]))
-    require(
-        fits, f"--resume_from_checkpoint: {checkpoint.folder} has other layers or another optimizer; name another one"
-    )
+    require(fits, f"--resume_from_checkpoint {checkpoint.folder} has other layers or another optimizer; name another")
     load_lora(transformer, lora)
     state = unflatten(values, optimizer.param_groups[0]["params"])
     group = fresh | {name: value for name, value in group.items() if name in counted}
@@ -2571,9 +2583,8 @@ def save_config(cfg: Config) -> None:
     settings = shareable_settings(cfg) | {"environment": describe_environment()}
     for order in ("resume_from_checkpoint", "overwrite_output_dir"):  # meant for this start, not for a repetition
         del settings[order]
-    write_file(
-        Path(cfg.output_dir) / "config.json", json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
-    )
+    content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    write_file(Path(cfg.output_dir) / "config.json", content.encode())
 
 
 def describe_environment() -> dict[str, str]:
@@ -2608,16 +2619,9 @@ def save_model_card(cfg: Config, step: int) -> None:
     rows = [f"| {name} | {getattr(cfg, name)} |" for name in names]
     rows += [f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |", f"| steps | {step} |"]
     pictures = [f"![{plain(text)}]({file})" for text, file in zip(texts, files)]
-    card = CARD.format(
-        prompt=plain(cfg.instance_prompt or "(the pictures had captions of their own)"),
-        pictures="\n".join(pictures),
-        snippet=snippet,
-        rows="\n".join(rows),
-    )
+    trigger = plain(cfg.instance_prompt or "(the pictures had captions of their own)")
+    card = CARD.format(prompt=trigger, pictures="\n".join(pictures), snippet=snippet, rows="\n".join(rows))
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
-
-
-SHARED_FILES = ("pytorch_lora_weights.safetensors", "README.md", "config.json", "validation/step-*/*.png")
 
 
 def open_repository(cfg: OutputConfig) -> str:
@@ -2746,9 +2750,8 @@ def make_demo_pictures(folder: Path) -> None:
         draw.pieslice(box, 90, 270, fill="red")
         draw.pieslice(box, 270, 450, fill="yellow")
         draw.ellipse(box, outline="gray", width=12)
-        write_file(
-            folder / f"badge-{number}.png", png_bytes(picture.resize((width, height), Image.Resampling.LANCZOS))
-        )
+        smooth = picture.resize((width, height), Image.Resampling.LANCZOS)
+        write_file(folder / f"badge-{number}.png", png_bytes(smooth))
 
 
 def make_demo(cfg: Config, accelerator: Accelerator) -> None:
@@ -2779,21 +2782,18 @@ accelerate launch {script} \\
 
 def make_accelerator(cfg: Config) -> Accelerator:
     """Make the accelerator; the config alone decides about precision and accumulation."""
-    names, known = cfg.report_to.split(","), LoggerType.list()
-    is_known = names == ["none"] or set(names) <= set(known)
-    require(is_known, f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}, or none")
+    names, known = cfg.trackers, LoggerType.list()
+    require(set(names) <= set(known), f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}, or none")
     accumulation = GradientAccumulationPlugin(num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False)
     with explained("accelerate does not start", "in a notebook, restart the kernel to change --mixed_precision"):
         accelerator = Accelerator(
             mixed_precision=cfg.mixed_precision, gradient_accumulation_plugin=accumulation,
-            log_with=None if names == ["none"] else names,
+            log_with=names or None,
             project_config=ProjectConfiguration(cfg.output_dir, str(Path(cfg.output_dir, cfg.logging_dir))),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )  # fmt: skip
-    is_there = names in (["none"], ["all"]) or len(accelerator.log_with) == len(names)
-    require(
-        is_there, f"--report_to {cfg.report_to}: a tracker's package is not installed; pip install {' '.join(names)}"
-    )
+    is_there = "all" in names or len(accelerator.log_with) == len(names)
+    require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
     require(int(started) == seen, f"accelerate's configuration: {started} processes were started, it sees {seen}")
     torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
@@ -2846,7 +2846,7 @@ def sole_user(output: Path) -> Iterator[None]:
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
     output = Path(cfg.output_dir)
-    if cfg.report_to != "none":
+    if cfg.trackers:
         start_trackers(cfg, accelerator)
     if accelerator.is_main_process:
         is_ours = "environment" in read_own_config(output) or bool(list_checkpoints(output))
@@ -2906,7 +2906,7 @@ def make_plan(cfg: Config, model: Path, accelerator: Accelerator) -> Plan:
     schedule = make_schedule(cfg, samples, accelerator.num_processes, shift, first_step)
     if checkpoint is not None:
         with explained(f"--resume_from_checkpoint: {checkpoint.folder} is damaged", "name another one"):
-            check_continuity(cfg, checkpoint, describe_run(cfg, samples, schedule))
+            check_continuity(cfg, checkpoint, describe_run(cfg, model, samples, schedule))
     say(*describe_plan(samples, cfg, schedule))
     return Plan(samples, schedule, checkpoint)
 
@@ -2917,7 +2917,8 @@ def learn(
 ) -> None:  # fmt: skip
     """Train from where the run was left, with pictures and checkpoints. Raises Stopped, once its steps are saved."""
     resume(accelerator, cfg, transformer, optimizer, plan.checkpoint)
-    schedule, origin = plan.schedule, describe_run(cfg, plan.samples, plan.schedule)
+    with accelerator.local_main_process_first():
+        schedule, origin = plan.schedule, describe_run(cfg, encodings.model, plan.samples, plan.schedule)
     step, last, saved = schedule.first_step, schedule.max_train_steps, time.monotonic()
     interval = 60 * (cfg.checkpointing_minutes or math.inf)
     batches = stop.ends(make_batches(plan.samples, encodings, cfg, accelerator, step))
