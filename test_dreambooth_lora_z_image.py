@@ -2554,7 +2554,7 @@ else:
 def launch(tmp_path, *arguments, **env):
     """Run the worker in two gloo processes."""
     (tmp_path / "worker.py").write_text(WORKER)
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | env
+    env = {**os.environ, "PYTHONPATH": str(HERE), "WANDB_MODE": "offline"} | env
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(tmp_path / "worker.py"), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
@@ -2603,7 +2603,7 @@ def accelerate_launch(workplace, settings, *flags, env=None):
     command = [str(launcher), "launch", "--config_file=accelerate.yaml"]
     command += ["--num_processes=2", "worker.py"] if "FSDP" in settings else ["--num_processes=1", "--cpu"]
     command += [str(SCRIPT), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(workplace / "hf")} | (env or {})
+    env = {**os.environ, "HF_HOME": str(workplace / "hf")} | (env or {})
     return subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True, timeout=900)
 
 
@@ -2759,7 +2759,7 @@ def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
 def start(workplace, *flags, launcher=()):
     """Start the script as a process of a group of its own, its output in lines; returns the process."""
     command = [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(workplace / "hf"), "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, "HF_HOME": str(workplace / "hf"), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         command,
         cwd=workplace,
@@ -3122,7 +3122,7 @@ def test_four_processes_fill_one_cache_while_one_is_killed(workplace, model):
     for number in range(20):
         draw(workplace / "dog" / f"{number}.png", color=(number * 9, 50, 90))
     flags, cache = small_run(model), workplace / "cache"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
     command = [sys.executable, "-c", FILL, *flags]
     processes = [
         subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)
