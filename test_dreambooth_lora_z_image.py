@@ -1369,6 +1369,17 @@ for name in ("wandb", "prodigyopt"):  # the others are imported by peft where th
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_large_files_of_the_hubs_cache_are_known_by_their_names(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert z.file_digest(tmp_path / "model.safetensors", tmp_path / "memo") == blob.name
+    assert not (tmp_path / "memo").exists(), "nothing was read"
+    copy = shutil.copy(blob, tmp_path / "copy.safetensors")
+    assert z.file_digest(Path(copy), tmp_path / "memo") == blob.name
+
+
 def test_a_missing_shard_is_named(model, tmp_path):
     shutil.copytree(model, tmp_path / "m")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
