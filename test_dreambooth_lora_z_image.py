@@ -2840,7 +2840,8 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     process.send_signal(signal.SIGUSR1)
     rest = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGUSR1 and "Traceback" not in rest
-    assert "stopped by SIGUSR1" in rest and steps_on_disk(workplace / "out")[1][-1] >= rows[-1]
+    assert "stopped by SIGUSR1; continue with" in rest, "before the training"
+    assert steps_on_disk(workplace / "out")[1][-1] >= rows[-1]
 
 
 def test_a_second_ctrl_c_ends_at_once():
@@ -2850,6 +2851,7 @@ def test_a_second_ctrl_c_ends_at_once():
             stop.is_deferred = True
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)  # is no second Ctrl-C
+            os.kill(os.getpid(), signal.SIGTERM)
             if stop.number == signal.SIGINT:
                 os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
@@ -3158,6 +3160,25 @@ def full_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path):
+    z.write_file(tmp_path / "a", b"before")
+    with full_disk(4000), pytest.raises(OSError, match="File too large: .*/a'"):
+        z.write_file(tmp_path / "a", bytes(5000))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_a_folder_that_is_half_removed_has_lost_its_name(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "state.json").write_text("{}")
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: os._exit(0))
+    child = os.fork()
+    if child == 0:
+        z.remove_folder(tmp_path / "checkpoint-1")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not z.list_checkpoints(tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"], "its content was still there"
 
 
 def test_a_full_disk_gets_a_sentence_and_harms_nothing(make_config, tmp_path, capsys):
