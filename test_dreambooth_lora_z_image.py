@@ -2311,6 +2311,12 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def sign(folder):
+    """Make the manifest fit the files, as a stranger can."""
+    manifest = {name: z.file_entry((folder / name).read_bytes()) for name in z.CHECKPOINT_FILES}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 DAMAGES = {
     "lora, one bit": lambda folder: flip_a_bit(folder / "lora.safetensors"),
     "optimizer, one bit": lambda folder: flip_a_bit(folder / "optimizer.safetensors"),
@@ -2323,6 +2329,8 @@ DAMAGES = {
     "another one's number": lambda folder: shutil.copytree(
         folder.with_name("checkpoint-2"), folder, dirs_exist_ok=True
     ),
+    "endless steps": lambda folder: (folder / "state.json").write_text('{"step": Infinity}') and sign(folder),
+    "no steps": lambda folder: (folder / "state.json").write_text("[]") and sign(folder),
 }
 
 
@@ -3229,8 +3237,7 @@ def test_no_file_of_a_stranger_is_executed(make_config, model, tmp_path):
         before = {file: file.read_bytes() for file in files if file.exists()}
         for file in files:
             file.write_bytes(evil)
-        manifest = {name: z.file_entry((elsewhere / name).read_bytes()) for name in z.CHECKPOINT_FILES}
-        (elsewhere / "manifest.json").write_text(json.dumps(manifest))  # the stranger knows how
+        sign(elsewhere)
         with contextlib.suppress(UserError):
             run(dataclasses.replace(cfg, **changes, output_dir=str(tmp_path / f"new-{number}")))
         assert not trace.exists(), files

@@ -1126,10 +1126,11 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         state = json.loads((folder / "state.json").read_bytes())
-        step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
         is_intact = manifest == {name: file_entry((folder / name).read_bytes()) for name in CHECKPOINT_FILES}
-        return Checkpoint(folder, step, state) if is_intact and (named is None or int(named[1]) == step) else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        is_possible = step == int(named[1]) if named else step > 0
+        return Checkpoint(folder, step, state) if is_intact and is_possible else None
+    except Exception:  # in a stranger's JSON there can be anything
         return None
 
 
