@@ -2822,7 +2822,7 @@ def steps_on_disk(output):
 
 
 def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(workplace, model):
-    """SIGTERM in training, SIGINT in validation, SIGUSR1 in caching, each by the same command."""
+    """SIGTERM in training and in saving, SIGINT in validation, SIGUSR1 in caching, each by the same command."""
     process = start(workplace, *small_run(model, "--dataloader_num_workers=1"))
     read_until(process, "step 3: pictures in")
     os.killpg(process.pid, signal.SIGTERM)  # the loader's processes hear it, too
@@ -2841,6 +2841,15 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT after step" in rest
     assert checkpoints[-1] == rows[-1], "the step whose pictures were being drawn is saved"
     assert not (workplace / "out" / "validation" / f"step-{rows[-1]:06d}").exists()
+
+    process = start(workplace, *small_run(model, "--checkpointing_steps=1"))
+    while process.poll() is None and not has_happened(workplace, "saving"):
+        os.sched_yield()
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate()[0]
+    rows, checkpoints = steps_on_disk(workplace / "out")
+    assert process.returncode == 128 + signal.SIGTERM and checkpoints[-1] == rows[-1], rest
+    assert not list((workplace / "out").glob(".checkpoint-*"))
 
     shutil.rmtree(workplace / "cache")
     process = start(workplace, *small_run(model))
