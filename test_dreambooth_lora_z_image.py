@@ -683,6 +683,7 @@ def test_config_refuses(changes, words, make_config):
         ({"adam_weight_decay_text_encoder": 1e-5}, "--adam_weight_decay_text_encoder"),
         ({"local_rank": 0}, "--local_rank"),
         ({"lr_warmup_steps": 100}, "constant_with_warmup"),
+        ({"lr_warmup_steps": 2, "lr_scheduler": "linear"}, "--lr_warmup_steps 2 is as long as the run"),
         ({"optimizer": "prodigy"}, "--learning_rate 0.01 is low for Prodigy"),
         ({"class_prompt": "dog"}, "--with_prior_preservation"),
         ({"final_validation_prompt": "a", "validation_prompt": ("b",)}, "--final_validation_prompt"),
@@ -1218,11 +1219,17 @@ MISTAKES = {
     "a folder under the name of a file": (
         lambda w: (w / "out" / "metrics.jsonl").mkdir(parents=True)
         or (w / "out" / "config.json").write_text('{"environment": {}}') and [],
-        "--output_dir out holds metrics.jsonl, which this program did not write",
+        "--output_dir out holds metrics.jsonl, which is no file",
     ),
     "output is a link to nothing": (
         lambda w: (w / "out").symlink_to("nowhere") or [], "--output_dir out: out is a file"
     ),
+    "a fifo under the name of a file": (
+        lambda w: (w / "out").mkdir() or os.mkfifo(w / "out" / "config.json") or [],
+        "--output_dir out holds config.json, which is no file",
+    ),
+    "logs in a checkpoint": (lambda w: ["--logging_dir=checkpoint-5/a"], "checkpoint-5/a is a name that the run"),
+    "logs under the name of a file": (lambda w: ["--logging_dir=README.md"], "README.md is a name that the run"),
     "logs among the pictures": (
         lambda w: [f"--logging_dir={w / 'dog' / 'logs'}"], "--logging_dir lies in --instance_data_dir"
     ),
@@ -1367,6 +1374,23 @@ for name in ("wandb", "prodigyopt"):  # the others are imported by peft where th
     assert not sys.modules.get(name), name"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_component_that_cannot_be_loaded_gets_a_sentence(make_config, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "m")
+    changes = {"pretrained_model_name_or_path": str(broken), "cache_dir": str(tmp_path / "cache")}
+    for component in ("transformer", "vae", "text_encoder"):
+        (file,) = z.weight_files(broken / component, None)
+        content = file.read_bytes()
+        tensors = load_file(file)
+        save_file({name: torch.cat([tensor, tensor]) for name, tensor in tensors.items()}, file)
+        with pytest.raises(UserError, match=rf"m(/|: ){component}.* cannot be loaded: "):
+            run(make_config(**changes, output_dir=str(tmp_path / component)))
+        file.write_bytes(content)
+        shutil.rmtree(tmp_path / "cache")
+    (broken / "transformer" / "config.json").write_text('{"n_layers": "3"}')
+    with pytest.raises(UserError, match="transformer/config.json does not describe Z-Image: "):
+        run(make_config(**changes))
 
 
 def test_large_files_of_the_hubs_cache_are_known_by_their_names(tmp_path):
@@ -1533,11 +1557,20 @@ def test_damaged_cache_files_are_made_again(make_config, tmp_path):
     cfg = make_config(cache_dir=str(tmp_path / "fresh"))
     run(cfg)
     good = lora_bytes(cfg)
-    for path in (tmp_path / "fresh" / "z-image-encodings").glob("*/*"):
-        if path.parent.name != "decoded":
-            path.write_bytes(path.read_bytes()[:-7])
-    run(dataclasses.replace(cfg, overwrite_output_dir=True))
-    assert lora_bytes(cfg) == good
+    files = [path for path in (tmp_path / "fresh" / "z-image-encodings").glob("*/*") if path.parent.name != "decoded"]
+    damages = {
+        "cut": lambda content: content[:-7],
+        "one bit": lambda content: content[:-7] + bytes([content[-7] ^ 1]) + content[-6:],
+        "another name": lambda content: content.replace(b"latents", b"talents").replace(
+            b"prompt_embeds", b"prompt_empeds"
+        ),
+        "another type": lambda content: content.replace(b'"F32"', b'"I32"'),
+    }
+    for name, damage in damages.items():
+        for path in files:
+            path.write_bytes(damage(path.read_bytes()))
+        run(dataclasses.replace(cfg, overwrite_output_dir=True))
+        assert lora_bytes(cfg) == good, name
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -2925,10 +2958,9 @@ def test_batches_end_at_a_signal_and_a_half_accumulated_step_is_dropped(make_con
     transformer, parameters = with_lora(model, cfg)
     transformer, optimizer = accelerator.prepare(transformer, z.make_optimizer(parameters, cfg))
     before, stop = [parameter.clone() for parameter in parameters], z.StopRequest(None)
-    stop.is_deferred = True
-    batches = stop.ends(itertools.repeat(make_batch()))
-    next(batches)
-    stop.receive(signal.SIGTERM, None)
+    stop.is_deferred = True  # two batches of three come before the end
+    signalled = (stop.receive(signal.SIGTERM, None) or make_batch() for _ in range(3))
+    batches = stop.ends(itertools.chain([make_batch()], signalled))
     schedule = z.make_schedule(cfg, [sample(0)], 1, 1.0)
     assert list(z.train(cfg, accelerator, transformer, optimizer, batches, [sample(0)], schedule)) == []
     assert all(torch.equal(a, b) for a, b in zip(before, parameters))
@@ -3082,7 +3114,7 @@ CHANGED = {
 }
 
 
-def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tmp_path, pictures, model):
+def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tmp_path, pictures, model, capsys):
     cfg = make_config(max_train_steps=1)
     run(cfg)
     again = dataclasses.replace(cfg, resume_from_checkpoint="latest", max_train_steps=2)
@@ -3092,7 +3124,10 @@ def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tm
         ):
             run(dataclasses.replace(again, **change))
         kept = shutil.copytree(tmp_path / "out", tmp_path / name)
+        capsys.readouterr()
         run(dataclasses.replace(again, **change, output_dir=str(kept), resume_anyway=True))
+        assert re.search(rf"--resume_anyway: {words.split(';')[0]}", capsys.readouterr().out), name
+        assert "resume_anyway" not in json.loads((kept / "config.json").read_text()), "for this start alone"
         assert len(losses_of(make_config(output_dir=str(kept)))) == 2, name
     harmless = {"validation_prompt": ("a",), "checkpointing_steps": 1, "guidance_scale": 0.0, "learning_rate": 1e-3}
     harmless |= {"lora_alpha": 4.0}  # which it was by default
@@ -3103,7 +3138,7 @@ def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tm
     file = tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors"
     original = file.read_bytes()
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(UserError, match=r"model by its hash [0-9a-f]{12} \(was [0-9a-f]{12}\)"):
+    with pytest.raises(UserError, match=r"_path \(a hash of its files\) [0-9a-f]{12} \(was [0-9a-f]{12}\)"):
         run(moved)
     file.write_bytes(original)
     run(moved)
@@ -3308,11 +3343,16 @@ def test_pictures_cannot_be_named_outside_the_data_folder(make_config, pictures,
             z.plan_samples(make_config(), pictures)
 
 
+def make_nan(file):
+    """Make cached latents not a number, in a file that is whole."""
+    z.write_file(file, z.encoding_bytes("latents", torch.full_like(load_file(file)["latents"], math.nan)))
+
+
 def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
     cfg = make_config(max_train_steps=10, cache_dir=str(tmp_path / "cache"), on_nan="skip", checkpointing_steps=4)
     run(dataclasses.replace(cfg, max_train_steps=1, output_dir=str(tmp_path / "first")))
     spoilt = min((tmp_path / "cache").rglob("latents/*.safetensors"))
-    save_file({"latents": torch.full_like(load_file(spoilt)["latents"], math.nan)}, spoilt)
+    make_nan(spoilt)
     run(cfg)
     printed, rows = capsys.readouterr().out, metrics_of(cfg)
     skipped = [row["step"] for row in rows if row.get("is_skipped")]
@@ -3328,11 +3368,17 @@ def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
     with pytest.raises(FloatingPointError, match="loss is nan"):
         run(dataclasses.replace(cfg, on_nan="stop", output_dir=str(tmp_path / "stops")))
     for file in (tmp_path / "cache").rglob("latents/*.safetensors"):
-        save_file({"latents": torch.full_like(load_file(file)["latents"], math.nan)}, file)
+        make_nan(file)
     hopeless = dataclasses.replace(cfg, output_dir=str(tmp_path / "hopeless"), max_train_steps=20)
-    with pytest.raises(FloatingPointError, match="step 11: .* the run stops, .* first step an empty --cache_dir"):
+    with pytest.raises(FloatingPointError, match="step 11: .* the run stops, .*; so it went with ten steps before"):
         run(hopeless)
     assert [row["is_skipped"] for row in metrics_of(hopeless)] == [True] * 10
+    few = dataclasses.replace(hopeless, output_dir=str(tmp_path / "few"), max_train_steps=3)
+    run(few)
+    run(
+        dataclasses.replace(few, max_train_steps=4, resume_from_checkpoint="latest")
+    )  # of an optimizer without a state
+    assert len(metrics_of(few)) == 4
 
 
 # =====================================================================================================================

@@ -159,11 +159,8 @@ class ModelConfig(Settings):
 
     def check(self) -> None:
         """Refuse a run without a model."""
-        require(
-            self.pretrained_model_name_or_path is not None,
-            "--pretrained_model_name_or_path is required: a folder or a hub name such as Tongyi-MAI/Z-Image "
-            "(or try --demo, which needs no model)",
-        )
+        sentence = "--pretrained_model_name_or_path is required: a folder or a hub name such as Tongyi-MAI/Z-Image"
+        require(self.pretrained_model_name_or_path is not None, f"{sentence} (or try --demo, which needs none)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,29 +188,21 @@ class DataConfig(Settings):
 
     def check(self) -> None:
         """Refuse contradictory sources, unreadable buckets and half a prior preservation."""
-        require(
-            (self.instance_data_dir is None) != (self.dataset_name is None),
-            "give the pictures with --instance_data_dir or with --dataset_name, one of the two",
-        )
-        require(
-            self.caption_column is None or self.dataset_name is not None,
-            "--caption_column belongs to --dataset_name; in a folder, captions are NAME.txt or metadata.jsonl",
-        )
+        is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
+        require(is_one, "give the pictures with --instance_data_dir or with --dataset_name, one of the two")
+        is_table = self.caption_column is None or self.dataset_name is not None
+        require(is_table, "--caption_column belongs to --dataset_name; a folder has NAME.txt or metadata.jsonl")
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
-        require(
-            not self.with_prior_preservation or None not in (self.class_data_dir, self.class_prompt),
-            '--with_prior_preservation needs --class_data_dir, a folder, and --class_prompt, such as "a photo of dog"',
-        )
+        has_class = not self.with_prior_preservation or None not in (self.class_data_dir, self.class_prompt)
+        require(has_class, '--with_prior_preservation needs --class_data_dir and --class_prompt, as "a photo of dog"')
         require(self.prior_generation_precision != "fp16", NO_FP16.format("--prior_generation_precision"))
 
 
 def parse_buckets(text: str) -> list[tuple[int, int]]:
     """Read 'height,width;height,width;...'. Raises UserError for anything else, and for sides no multiple of 16."""
-    require(
-        re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*;?\s*", text) is not None,
-        f"--aspect_ratio_buckets reads 'height,width;height,width;...', got {text!r}",
-    )
+    is_list = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*;?\s*", text) is not None
+    require(is_list, f"--aspect_ratio_buckets reads 'height,width;height,width;...', got {text!r}")
     numbers = [int(number) for number in re.findall(r"\d+", text)]
     for side in numbers:
         require(side >= 16 and side % 16 == 0, f"--aspect_ratio_buckets: sides must be multiples of 16, got {side}")
@@ -256,11 +245,9 @@ class ObjectiveConfig(Settings):
 
     def check(self) -> None:
         """Refuse a shift that is neither a positive number nor the model's."""
-        require(
-            self.timestep_shift == "scheduler"
-            or (re.fullmatch(r"\d+\.?\d*|\.\d+", self.timestep_shift) is not None and float(self.timestep_shift) > 0),
-            f"--timestep_shift takes a number above 0 or 'scheduler', got {self.timestep_shift!r}",
-        )
+        number = re.fullmatch(r"\d+\.?\d*|\.\d+", self.timestep_shift)
+        is_shift = self.timestep_shift == "scheduler" or (number is not None and float(number[0]) > 0)
+        require(is_shift, f"--timestep_shift takes a number above 0 or 'scheduler', got {self.timestep_shift!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,19 +282,12 @@ class OptimizerConfig(Settings):
 
     def check(self) -> None:
         """Refuse step rules without their schedule, and the schedule without rules."""
-        require(
-            (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None),
-            "--lr_scheduler piecewise_constant and --lr_step_rules need each other",
-        )
-        require(
-            self.lr_step_rules is None
-            or re.fullmatch(r"(\d{1,9}(\.\d+)?:\d{1,9},)*\d{1,9}(\.\d+)?", self.lr_step_rules) is not None,
-            f"--lr_step_rules reads 'factor:until_step,...,factor', such as 1:100,0.1; got {self.lr_step_rules!r}",
-        )
-        require(
-            self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7,
-            f"--lr_scheduler polynomial falls to 1e-7; --learning_rate must be above that, got {self.learning_rate}",
-        )
+        is_pair = (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None)
+        require(is_pair, "--lr_scheduler piecewise_constant and --lr_step_rules need each other")
+        is_rule = re.fullmatch(r"(\d{1,9}(\.\d+)?:\d{1,9},)*\d{1,9}(\.\d+)?", self.lr_step_rules or "1") is not None
+        require(is_rule, f"--lr_step_rules reads 'factor:step,...,factor', as 1:100,0.1, not {self.lr_step_rules}")
+        can_fall = self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7
+        require(can_fall, "--lr_scheduler polynomial falls to 1e-7; --learning_rate must be above that")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,7 +391,10 @@ class OutputConfig(Settings):
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
     def check(self) -> None:
-        """Refuse a name that no repository can have, and a token that is none."""
+        """Refuse a name that no repository can have, a token that is none, and trackers' files among our own."""
+        is_own = re.match(r"checkpoint-|validation$", next(iter(Path(self.logging_dir).parts), ""))
+        is_free = not is_own and self.logging_dir not in RUN_FILES
+        require(is_free, f"--logging_dir {self.logging_dir} is a name that the run itself uses; name another")
         is_token = self.hub_token is None or re.fullmatch(r"[!-~]+", self.hub_token) is not None
         require(is_token, "--hub_token holds a line break, a space or a letter that no token has; copy it again")
         require(
@@ -563,7 +546,7 @@ def advice(cfg: Config) -> Iterator[str]:
     if cfg.fsdp_text_encoder:
         yield "--fsdp_text_encoder has no effect: prompts are encoded before training, the encoder is gone by then"
     if cfg.has_8bit_state:
-        yield "--use_8bit_adam: AdamW in fp32 costs only 240 MB more, at rank 16 with the default layers"
+        yield "--use_8bit_adam saves little: AdamW in fp32 costs only 240 MB more, at rank 16 with the default layers"
     elif cfg.use_8bit_adam:
         yield "--use_8bit_adam is ignored with --optimizer prodigy"
     if cfg.gradient_checkpointing and uses_fsdp_checkpointing():
@@ -574,6 +557,8 @@ def advice(cfg: Config) -> Iterator[str]:
         yield "--hub_model_id and --hub_private_repo have no effect without --push_to_hub"
     if cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"):
         yield f"--lr_scheduler {cfg.lr_scheduler} has no warm-up; --lr_warmup_steps counts with constant_with_warmup"
+    elif cfg.lr_warmup_steps >= (cfg.max_train_steps or math.inf):
+        yield f"--lr_warmup_steps {cfg.lr_warmup_steps} is as long as the run, which never reaches its full rate"
     if cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1:
         yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which multiplies it by an estimate; use 1.0"
     if not cfg.with_prior_preservation and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
@@ -706,17 +691,15 @@ def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
-        with explained(f'{file}, line {number} is not a JSON object with "file_name"', "mend or remove the line"):
+        place = f"{file}, line {number}"
+        with explained(f'{place} is not a JSON object with "file_name"', "mend or remove the line"):
             row = json.loads(line)
             picture = Path(os.path.normpath(file.parent / row["file_name"]))
-        require(
-            picture in pictures,
-            f"{file}, line {number} names {row['file_name']}, which is no picture there; mend or remove the line",
-        )
+        require(picture in pictures, f"{place} names {row['file_name']}, which is no picture there; mend the line")
         caption = next((row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None), None)
         if caption is not None:
             is_caption = isinstance(caption, str) and is_text(caption)
-            require(is_caption, f"{file}, line {number}: the caption {caption!r} is not text; put it in quotes")
+            require(is_caption, f"{place}: the caption {caption!r} is not text; put it in quotes")
             captions[picture] = caption.strip()
     return captions
 
@@ -876,10 +859,8 @@ def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
         for problem in scan.unusable:
             say(f"warning: {problem} and will be left out")
     samples = verify_pictures([*instances.samples, *classes.samples], encodings_folder(cfg))
-    require(
-        any(not sample.is_prior for sample in samples),
-        f"every picture in {instance_folder} is damaged; export them again from their source",
-    )
+    is_any_left = any(not sample.is_prior for sample in samples)
+    require(is_any_left, f"every picture in {instance_folder} is damaged; export them again from their source")
     samples += plan_class_images(cfg, sum(sample.is_prior for sample in samples))
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream draws by place in the list
 
@@ -905,11 +886,10 @@ def export_dataset(cfg: Config) -> Path:
     split = next(iter(splits)) if len(splits) == 1 else "train"
     require(split in splits, f"--dataset_name {cfg.dataset_name} has no split train, but {', '.join(splits)}")
     table = splits[split]
+    columns = ", ".join(table.column_names)
     for name, column in (("image_column", cfg.image_column), ("caption_column", cfg.caption_column)):
-        require(
-            column is None or column in table.column_names,
-            f"--{name} {column} is no column of the dataset; it has {', '.join(table.column_names)}",
-        )
+        is_there = column in (None, *table.column_names)
+        require(is_there, f"--{name} {column} is no column of the dataset; it has {columns}")
     texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) == "string"]
     if texts and cfg.caption_column is None:
         say(f"--dataset_name: no captions are taken; --caption_column takes them from {' or '.join(texts)}")
@@ -1128,7 +1108,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         state = json.loads((folder / "state.json").read_bytes())
         is_intact = manifest == {name: file_entry((folder / name).read_bytes()) for name in CHECKPOINT_FILES}
         step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        is_possible = step == int(named[1]) if named else step > 0
+        is_possible = 0 < step < 10**9 and (named is None or step == int(named[1]))
         return Checkpoint(folder, step, state) if is_intact and is_possible else None
     except Exception:  # in a stranger's JSON there can be anything
         return None
@@ -1166,21 +1146,18 @@ def check_output(cfg: Config) -> None:
     output = Path(cfg.output_dir)
     for path in (output, *output.parents):
         require(not os.path.lexists(path) or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
-    require(
-        cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir,
-        "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two",
-    )
+    is_one = cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir
+    require(is_one, "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two")
+    odd = [path for name in (*RUN_FILES, ".lock") if os.path.lexists(path := output / name) and not path.is_file()]
+    require(not odd, f"--output_dir {output} holds {odd and odd[0].name}, which is no file; name another folder")
     checkpoint = find_checkpoint(cfg)
     settings, checkpoints = read_own_config(output), list_checkpoints(output)
     present = [name for name in RUN_FILES if os.path.exists(output / name)]
     foreign = present if "environment" not in settings and not checkpoints else []
     numbered = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     foreign += sorted(path.name for path in numbered if path not in checkpoints)
-    foreign += [name for name in (*RUN_FILES, ".lock") if (output / name).is_dir() and name not in foreign]
-    require(
-        not foreign,
-        f"--output_dir {output} holds {', '.join(foreign)}, which this program did not write; name another folder",
-    )
+    names = ", ".join(foreign)
+    require(not foreign, f"--output_dir {output} holds {names}, which this program did not write; name another folder")
     is_demo = cfg.demo and settings.get("demo") is True
     has_steps = (output / "metrics.jsonl").is_file() and (output / "metrics.jsonl").stat().st_size > 0
     is_begun = has_steps and cfg.resume_from_checkpoint != "latest"
@@ -1258,10 +1235,8 @@ def check_packages(cfg: Config) -> None:
     }
     needed |= {name: name in cfg.trackers for name in ("wandb", "tensorboard")}
     for package, is_needed in needed.items():
-        require(
-            not is_needed or getattr(importlib.util.find_spec(package), "origin", None) is not None,
-            f"the package {package} is needed and not installed: pip install {package}",
-        )
+        is_there = not is_needed or getattr(importlib.util.find_spec(package), "origin", None) is not None
+        require(is_there, f"the package {package} is needed and not installed: pip install {package}")
 
 
 BNB_TYPES = {
@@ -1312,10 +1287,9 @@ def check_fsdp(cfg: Config) -> None:
         "--use_8bit_adam": cfg.has_8bit_state,
         "--optimizer prodigy": cfg.optimizer == "prodigy",
     }  # fmt: skip
-    refused = [name for name, is_given in reasons.items() if is_given]
+    refused = ", ".join(name for name, is_given in reasons.items() if is_given)
     require(
-        not refused,
-        f"{', '.join(refused)} cannot be sharded by FSDP; leave it out, or choose multi-GPU in accelerate config",
+        not refused, f"{refused} cannot be sharded by FSDP; leave it out, or choose multi-GPU in accelerate config"
     )
 
 
@@ -1530,15 +1504,15 @@ def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEnc
     Z-Image reads `hidden_states[-2]`, which needs neither the last layer nor the final norm: both are left out, and
     the shortened model's last hidden state is that tensor.
     """
-    config = Qwen3Config.from_pretrained(model / "text_encoder")
-    config.num_hidden_layers -= 1
-    if config.layer_types is not None:
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
-    options = {"variant": cfg.variant, "dtype": DTYPES[cfg.mixed_precision], "output_loading_info": True}
-    text_encoder, report = Qwen3Model.from_pretrained(model / "text_encoder", config=config, **options)
+    with explained(f"{model}: text_encoder or tokenizer cannot be loaded"):
+        config = Qwen3Config.from_pretrained(model / "text_encoder")
+        config.num_hidden_layers -= 1
+        config.layer_types = config.layer_types and config.layer_types[: config.num_hidden_layers]
+        options = {"variant": cfg.variant, "dtype": DTYPES[cfg.mixed_precision], "output_loading_info": True}
+        text_encoder, report = Qwen3Model.from_pretrained(model / "text_encoder", config=config, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     refuse_missing(report["missing_keys"], model / "text_encoder")
     text_encoder.norm = nn.Identity()
-    tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     return TextEncoder(tokenizer, text_encoder.eval().to("cpu" if cfg.offload else device))
 
 
@@ -1559,8 +1533,9 @@ def encode_prompt(encoder: TextEncoder, prompt: str, max_sequence_length: int) -
 
 def load_vae(model: Path, cfg: Config, device: torch.device) -> AutoencoderKL:
     """Load the VAE."""
-    dtype = DTYPES[cfg.mixed_precision]
-    vae = AutoencoderKL.from_pretrained(model / "vae", variant=cfg.variant, torch_dtype=dtype)
+    with explained(f"{model}/vae cannot be loaded"):
+        options = {"variant": cfg.variant, "torch_dtype": DTYPES[cfg.mixed_precision]}
+        vae = AutoencoderKL.from_pretrained(model / "vae", **options)
     refuse_missing([name for name, weight in vae.named_parameters() if weight.is_meta], model / "vae")
     return vae.eval().to("cpu" if cfg.offload else device)
 
@@ -1638,6 +1613,21 @@ def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **o
     return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
 
+def encoding_bytes(name: str, tensor: Tensor) -> bytes:
+    """Encode a tensor as a file of the cache, which knows its own hash."""
+    return tensors_bytes({name: tensor}, {"sha256": sha256(tensors_bytes({name: tensor}))})
+
+
+def is_encoding(path: Path) -> bool:
+    """Tell whether a file of the cache is there as it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            (name,) = file.keys()
+            return path.read_bytes() == encoding_bytes(name, file.get_tensor(name))
+    except Exception:  # a damaged header can say anything
+        return False
+
+
 def tensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """Encode tensors as a safetensors file whose bytes depend on its content only.
 
@@ -1655,7 +1645,7 @@ def tensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = 
 
 def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
     """Encode the prompts that are not on disk yet; only then is the text encoder loaded, and freed again."""
-    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_whole(encodings.prompt(prompt))]
+    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_encoding(encodings.prompt(prompt))]
     if not missing:
         say(f"prompts: all {len(set(prompts))} come from the cache, the text encoder is not loaded")
     mine = share_of(missing, accelerator)
@@ -1664,7 +1654,7 @@ def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, ac
         with visiting(encoder.model, accelerator.device):
             for prompt in progress_bar(mine, "encoding prompts", accelerator):
                 embedding = encode_prompt(encoder, prompt, cfg.max_sequence_length)
-                write_file(encodings.prompt(prompt), tensors_bytes({"prompt_embeds": embedding}))
+                write_file(encodings.prompt(prompt), encoding_bytes("prompt_embeds", embedding))
         del encoder
         free_memory()
     accelerator.wait_for_everyone()
@@ -1673,7 +1663,7 @@ def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, ac
 def fill_latents_cache(samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
     """Encode the pictures that are not on disk yet, with mirror images if wanted; only then is the VAE loaded."""
     wanted = [(sample, is_flipped) for sample in samples for is_flipped in (False, True)[: 1 + cfg.random_flip]]
-    missing = [job for job in wanted if not is_whole(encodings.latents(*job))]
+    missing = [job for job in wanted if not is_encoding(encodings.latents(*job))]
     if not missing:
         say(f"latents: all {len(wanted)} come from the cache, the VAE is not loaded for training")
     mine = share_of(missing, accelerator)
@@ -1682,7 +1672,7 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings, cfg: Config,
         for sample, is_flipped in progress_bar(mine, "encoding pictures", accelerator):
             pixels = load_pixels(sample, Augmentation(is_flipped, CENTRE))[None]
             latents = encode_images(vae, pixels, accelerator.device)[0]
-            write_file(encodings.latents(sample, is_flipped), tensors_bytes({"latents": latents}))
+            write_file(encodings.latents(sample, is_flipped), encoding_bytes("latents", latents))
         del vae
         free_memory()
     accelerator.wait_for_everyone()
@@ -1849,7 +1839,7 @@ class FrozenLinear(nn.Linear):
 
 def make_empty_transformer(model: Path) -> ZImageTransformer2DModel:
     """Build the transformer without weights, on the meta device."""
-    with torch.device("meta"):
+    with explained(f"{model}/transformer/config.json does not describe Z-Image"), torch.device("meta"):
         return ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(model / "transformer"))
 
 
@@ -1891,7 +1881,8 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch
         transformer = load_compressed(model, cfg, dtype, device)
     else:
         options = {"variant": cfg.variant, "torch_dtype": dtype} | bnb_options(cfg, dtype)
-        transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
+        with explained(f"{model}/transformer cannot be loaded"):
+            transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
     refuse_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
     transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps an earlier run's for the whole process
     if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
@@ -1931,12 +1922,10 @@ def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
 
 def check_sizes(cfg: Config, samples: list[Sample], model: Path) -> None:
     """Refuse pictures beyond the transformer's table of positions, one for every 16 pixels."""
-    frames, rows, columns = ZImageTransformer2DModel.load_config(model / "transformer")["axes_lens"]
+    frames, rows, columns = make_empty_transformer(model).config.axes_lens
     length = cfg.max_sequence_length  # captions are padded to a multiple of 32, and the picture comes after them
-    require(
-        length <= 512 or math.ceil(length / 32) * 32 + 2 <= frames,
-        f"--max_sequence_length {length} is beyond this model, which has {frames} positions; take 512",
-    )
+    fits = length <= 512 or math.ceil(length / 32) * 32 + 2 <= frames
+    require(fits, f"--max_sequence_length {length} is beyond this model, which has {frames} positions; take 512")
     side = cfg.validation_resolution or training_side(cfg)
     for height, width in {(side, side), *(sample.bucket for sample in samples)}:
         require(
@@ -2218,9 +2207,9 @@ def is_finite(metrics: dict[str, float], samples: list[Sample], cfg: Config, sch
         return False
     checkpoints = [path for path in list_checkpoints(Path(cfg.output_dir)) if read_checkpoint(path)]
     good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    others = "so it went with ten steps before" if skipped else "--on_nan skip goes on without such steps"
     raise FloatingPointError(
-        f"{problem}; the run stops, its weights unmoved; {good}. A lower --learning_rate is the usual remedy, at the "
-        "first step an empty --cache_dir; --on_nan skip goes on without such steps, unless ten come in a row"
+        f"{problem}; the run stops, its weights unmoved; {good}. A lower --learning_rate is the usual remedy; {others}"
     )
 
 
@@ -2332,7 +2321,10 @@ def describe_run(cfg: Config, model: Path, samples: list[Sample], schedule: Sche
     settings = {f"--{name}": getattr(cfg, name) for name in bound}
     settings |= {"--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state}
     settings |= {"--bnb_quantization_config_path": read_bnb_settings(cfg)}
-    settings |= {"model by its hash": sha256(json.dumps(contents).encode())[:12], "pictures": pictures}
+    settings |= {
+        "--pretrained_model_name_or_path (a hash of its files)": sha256(json.dumps(contents).encode())[:12],
+        "pictures": pictures,
+    }
     return settings | {"--train_batch_size x processes": schedule.micro_batch}
 
 
@@ -2349,6 +2341,7 @@ def check_continuity(cfg: Config, checkpoint: Checkpoint, run: dict[str, Any]) -
         f"{checkpoint.folder} was made with other settings or data: {'; '.join(changed.values())}. Give the same again"
         f"{', or --resume_anyway if the change is meant' * is_possible}",
     )
+    say(*(f"--resume_anyway: {change}" for change in changed.values()))
 
 
 def resume(
@@ -2385,7 +2378,7 @@ def load_checkpoint(checkpoint: Checkpoint, transformer: nn.Module, optimizer: O
     group, fresh = checkpoint.state["param_groups"][0], optimizer.state_dict()["param_groups"][0]
     counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
     numbers = {path.split(".")[0] for path in values}
-    fits = lora.keys() == lora_tensors(transformer).keys() and numbers == set(map(str, fresh["params"]))
+    fits = lora.keys() == lora_tensors(transformer).keys() and numbers in (set(), set(map(str, fresh["params"])))
     require(fits, f"--resume_from_checkpoint {checkpoint.folder} has other layers or another optimizer; name another")
     load_lora(transformer, lora)
     state = unflatten(values, optimizer.param_groups[0]["params"])
@@ -2406,7 +2399,8 @@ def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float]
     row = {"step": step, "epoch": round(schedule.epoch(step), 4)} | metrics
     row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
     if accelerator.is_main_process:
-        with open(Path(cfg.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = Path(cfg.output_dir) / "metrics.jsonl"
+        with explained(f"{path} cannot be written"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
 
@@ -2582,7 +2576,7 @@ def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module
 def save_config(cfg: Config) -> None:
     """Write config.json: all settings, which `--config` replays, and the environment, which it does not."""
     settings = shareable_settings(cfg) | {"environment": describe_environment()}
-    for order in ("resume_from_checkpoint", "overwrite_output_dir"):  # meant for this start, not for a repetition
+    for order in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):  # for this start alone
         del settings[order]
     content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     write_file(Path(cfg.output_dir) / "config.json", content.encode())
@@ -2818,8 +2812,9 @@ def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
             probe = nn.Parameter(torch.zeros(4096, device=device))
             probe.grad = torch.zeros_like(probe)
             make_optimizer([probe], cfg).step()
+    empty = make_empty_transformer(model)
     with explained(f"--attention_backend {cfg.attention}", "it cannot be trained with here; leave it out"):
-        make_empty_transformer(model).set_attention_backend(cfg.attention)
+        empty.set_attention_backend(cfg.attention)
         query = torch.ones(1, 32, 2, 64, dtype=DTYPES[cfg.mixed_precision], device=device, requires_grad=True)
         dispatch_attention_fn(query, query, query).sum().backward()
 
