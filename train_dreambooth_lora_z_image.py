@@ -1613,21 +1613,6 @@ def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **o
     return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
 
-def encoding_bytes(name: str, tensor: Tensor) -> bytes:
-    """Encode a tensor as a file of the cache, which knows its own hash."""
-    return tensors_bytes({name: tensor}, {"sha256": sha256(tensors_bytes({name: tensor}))})
-
-
-def is_encoding(path: Path) -> bool:
-    """Tell whether a file of the cache is there as it was written."""
-    try:
-        with safe_open(path, "pt") as file:
-            (name,) = file.keys()
-            return path.read_bytes() == encoding_bytes(name, file.get_tensor(name))
-    except Exception:  # a damaged header can say anything
-        return False
-
-
 def tensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """Encode tensors as a safetensors file whose bytes depend on its content only.
 
@@ -1641,6 +1626,21 @@ def tensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = 
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def encoding_bytes(name: str, tensor: Tensor) -> bytes:
+    """Encode a tensor as a file of the cache, which knows its own hash."""
+    return tensors_bytes({name: tensor}, {"sha256": sha256(tensors_bytes({name: tensor}))})
+
+
+def is_encoding(path: Path) -> bool:
+    """Tell whether a file of the cache is there as it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            (name,) = file.keys()
+            return path.read_bytes() == encoding_bytes(name, file.get_tensor(name))
+    except Exception:  # a damaged header can say anything
+        return False
 
 
 def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
