@@ -1229,6 +1229,7 @@ MISTAKES = {
         "--output_dir out holds config.json, which is no file",
     ),
     "logs in a checkpoint": (lambda w: ["--logging_dir=checkpoint-5/a"], "checkpoint-5/a is a name that the run"),
+    "logs in what is set aside": (lambda w: ["--logging_dir=./superseded-checkpoint-5-a"], "is a name that the run"),
     "logs under the name of a file": (lambda w: ["--logging_dir=README.md"], "README.md is a name that the run"),
     "logs among the pictures": (
         lambda w: [f"--logging_dir={w / 'dog' / 'logs'}"], "--logging_dir lies in --instance_data_dir"
@@ -1302,6 +1303,25 @@ def test_a_disk_that_refuses_is_answered_in_a_sentence(workplace, model, capsys)
     with pytest.raises(SystemExit) as stop:
         z.run_or_exit(lambda cfg: (workplace / ("x" * 300)).mkdir(), cfg)
     assert stop.value.code == 2 and "error: [Errno 36] File name too long" in capsys.readouterr().err
+
+
+def test_what_only_one_process_suffers_is_not_silent(make_config, monkeypatch, capsys):
+    """What every process finds, the first one says; an error that may be one process's own is said by that one."""
+    monkeypatch.setenv("RANK", "1")
+
+    def fails(error, what=None):
+        with contextlib.nullcontext() if what is None else z.explained(what):
+            raise error
+
+    for error, what, said in (
+        (UserError("--rank"), None, ""),
+        (FloatingPointError("loss"), None, ""),
+        (OSError("disk"), None, "error: disk"),
+        (MemoryError("no memory"), "vae cannot be loaded", "error: vae cannot be loaded: no memory"),
+    ):
+        with pytest.raises(SystemExit):
+            z.run_or_exit(lambda cfg, error=error, what=what: fails(error, what), make_config())
+        assert capsys.readouterr().err.strip() == said
 
 
 @pytest.mark.parametrize(
@@ -1503,6 +1523,17 @@ def test_every_prompt_is_encoded_once_and_no_negative_without_guidance(guidance,
     encodings = encodings_of(cfg, cfg.pretrained_model_name_or_path)
     expected = {encodings.prompt(prompt) for prompt in {"a", "b", "a photo of sks dog", *negatives}}
     assert set((tmp_path / "fresh" / "z-image-encodings" / "prompts").iterdir()) == expected
+
+
+def test_a_process_encodes_its_share_whatever_others_have_done(make_config, model, tmp_path, monkeypatch):
+    """The second of two processes, when the first, or another run, has encoded some prompts in the meantime."""
+    cfg, prompts = make_config(cache_dir=str(tmp_path / "fresh")), ["a", "b", "c", "d"]
+    accelerator, encodings = Accelerator(cpu=True), encodings_of(cfg, model)
+    z.fill_prompts_cache(["a"], encodings, cfg, accelerator)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(Accelerator, "local_process_index", 1)
+    z.fill_prompts_cache(prompts, encodings, cfg, accelerator)
+    assert [prompt for prompt in prompts if encodings.prompt(prompt).exists()] == ["a", "b", "d"]
 
 
 def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make_config, model, pictures):
@@ -1991,7 +2022,7 @@ def test_a_quantised_model_is_read_from_shards_and_its_gaps_are_named(model, mak
     tensors = load_file(first)
     for strange in ({**tensors, "extra.weight": torch.ones(2)}, {name: torch.ones(3) for name in tensors}):
         save_file(strange, first)
-        with pytest.raises(UserError, match=r"of \S+safetensors does not fit; download the model again"):
+        with pytest.raises(UserError, match=r"safetensors: \S+ does not fit the model's config.json; download"):
             z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
     save_file(tensors, first)
     second.unlink()
@@ -3370,7 +3401,9 @@ def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
     for file in (tmp_path / "cache").rglob("latents/*.safetensors"):
         make_nan(file)
     hopeless = dataclasses.replace(cfg, output_dir=str(tmp_path / "hopeless"), max_train_steps=20)
-    with pytest.raises(FloatingPointError, match="step 11: .* the run stops, .*; so it went with ten steps before"):
+    with pytest.raises(
+        FloatingPointError, match="step 11: .* the run stops, .*; ten steps in a row were skipped already"
+    ):
         run(hopeless)
     assert [row["is_skipped"] for row in metrics_of(hopeless)] == [True] * 10
     few = dataclasses.replace(hopeless, output_dir=str(tmp_path / "few"), max_train_steps=3)

@@ -391,10 +391,7 @@ class OutputConfig(Settings):
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
     def check(self) -> None:
-        """Refuse a name that no repository can have, a token that is none, and trackers' files among our own."""
-        is_own = re.match(r"checkpoint-|validation$", next(iter(Path(self.logging_dir).parts), ""))
-        is_free = not is_own and self.logging_dir not in RUN_FILES
-        require(is_free, f"--logging_dir {self.logging_dir} is a name that the run itself uses; name another")
+        """Refuse a name that no repository can have, and a token that is none."""
         is_token = self.hub_token is None or re.fullmatch(r"[!-~]+", self.hub_token) is not None
         require(is_token, "--hub_token holds a line break, a space or a letter that no token has; copy it again")
         require(
@@ -1110,7 +1107,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
         is_possible = 0 < step < 10**9 and (named is None or step == int(named[1]))
         return Checkpoint(folder, step, state) if is_intact and is_possible else None
-    except Exception:  # in a stranger's JSON there can be anything
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 
@@ -1148,6 +1145,9 @@ def check_output(cfg: Config) -> None:
         require(not os.path.lexists(path) or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
     is_one = cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir
     require(is_one, "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two")
+    logs = os.path.normpath(cfg.logging_dir).split(os.sep)[0]
+    is_own = logs in (*RUN_FILES, "validation", ".lock") or re.match(r"(superseded-)?checkpoint-\d", logs)
+    require(not is_own, f"--logging_dir {cfg.logging_dir} is a name that the run itself uses; name another")
     odd = [path for name in (*RUN_FILES, ".lock") if os.path.lexists(path := output / name) and not path.is_file()]
     require(not odd, f"--output_dir {output} holds {odd and odd[0].name}, which is no file; name another folder")
     checkpoint = find_checkpoint(cfg)
@@ -1329,7 +1329,7 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
         conductor(cfg)
     except (UserError, FloatingPointError, OSError, Stopped) as error:  # OSError: a disk is full, or not ours to write
         sentence, status = (str(error), 128 + error.number) if isinstance(error, Stopped) else (f"error: {error}", 2)
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError) or error.__cause__:  # not all have these
             print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)
         if isinstance(error, Stopped):
             sys.stdout.flush()
@@ -1595,11 +1595,10 @@ def picture_tensor(picture: Image.Image) -> Tensor:
 
 
 def share_of(items: list[Any], accelerator: Accelerator, is_even: bool = False) -> list[Any]:
-    """Take every n-th item, n processes being on this machine, whose disk may be its own; call it on all processes.
+    """Take every n-th item of a list, the same for all n processes of this machine, whose disk may be its own.
 
     With `is_even` some items are done twice, so that all processes do equally many, as FSDP's forward passes must be.
     """
-    accelerator.wait_for_everyone()  # all have seen the same list before one begins to shorten it
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if is_even:
         items = list(itertools.islice(itertools.cycle(items), math.ceil(len(items) / processes) * processes))
@@ -1645,11 +1644,11 @@ def is_encoding(path: Path) -> bool:
 
 def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
     """Encode the prompts that are not on disk yet; only then is the text encoder loaded, and freed again."""
-    missing = [prompt for prompt in dict.fromkeys(prompts) if not is_encoding(encodings.prompt(prompt))]
-    if not missing:
-        say(f"prompts: all {len(set(prompts))} come from the cache, the text encoder is not loaded")
-    mine = share_of(missing, accelerator)
-    if mine:
+    mine = share_of([*dict.fromkeys(prompts)], accelerator)
+    mine = [prompt for prompt in mine if not is_encoding(encodings.prompt(prompt))]
+    if not mine:
+        say("prompts: all come from the cache, the text encoder is not loaded")
+    else:
         encoder = load_text_encoder(encodings.model, cfg, accelerator.device)
         with visiting(encoder.model, accelerator.device):
             for prompt in progress_bar(mine, "encoding prompts", accelerator):
@@ -1663,11 +1662,10 @@ def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, ac
 def fill_latents_cache(samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
     """Encode the pictures that are not on disk yet, with mirror images if wanted; only then is the VAE loaded."""
     wanted = [(sample, is_flipped) for sample in samples for is_flipped in (False, True)[: 1 + cfg.random_flip]]
-    missing = [job for job in wanted if not is_encoding(encodings.latents(*job))]
-    if not missing:
-        say(f"latents: all {len(wanted)} come from the cache, the VAE is not loaded for training")
-    mine = share_of(missing, accelerator)
-    if mine:
+    mine = [job for job in share_of(wanted, accelerator) if not is_encoding(encodings.latents(*job))]
+    if not mine:
+        say("latents: all come from the cache, the VAE is not loaded for training")
+    else:
         vae = load_vae(encodings.model, cfg, accelerator.device)
         for sample, is_flipped in progress_bar(mine, "encoding pictures", accelerator):
             pixels = load_pixels(sample, Augmentation(is_flipped, CENTRE))[None]
@@ -1855,7 +1853,8 @@ def load_compressed(model: Path, cfg: Config, dtype: torch.dtype, device: torch.
         with safe_open(file, "pt") as shard:
             for name in shard.keys():
                 tensor = shard.get_tensor(name).to(device, dtype)
-                require(tensor.shape == shapes.get(name), f"{name} of {file} does not fit; download the model again")
+                fits = tensor.shape == shapes.get(name)
+                require(fits, f"{file}: {name} does not fit the model's config.json; download it again")
                 owner, _, kind = name.rpartition(".")
                 module = transformer.get_submodule(owner)
                 if isinstance(module, FrozenLinear) and kind == "weight":
@@ -2205,9 +2204,9 @@ def is_finite(metrics: dict[str, float], samples: list[Sample], cfg: Config, sch
     if cfg.on_nan == "skip" and skipped < 10:
         say(f"warning: {problem}; the step is skipped")
         return False
-    checkpoints = [path for path in list_checkpoints(Path(cfg.output_dir)) if read_checkpoint(path)]
-    good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-    others = "so it went with ten steps before" if skipped else "--on_nan skip goes on without such steps"
+    last = next(filter(read_checkpoint, reversed(list_checkpoints(Path(cfg.output_dir)))), None)
+    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    others = "ten steps in a row were skipped already" if skipped else "--on_nan skip goes on without such steps"
     raise FloatingPointError(
         f"{problem}; the run stops, its weights unmoved; {good}. A lower --learning_rate is the usual remedy; {others}"
     )
@@ -2900,10 +2899,12 @@ def make_plan(cfg: Config, model: Path, accelerator: Accelerator) -> Plan:
     shared = f"--output_dir {cfg.output_dir} holds another checkpoint on every machine; name a folder they share"
     require(len(set(steps)) == 1, shared)
     schedule = make_schedule(cfg, samples, accelerator.num_processes, shift, first_step)
+    say(*describe_plan(samples, cfg, schedule))
+    with accelerator.local_main_process_first():
+        run = describe_run(cfg, model, samples, schedule)
     if checkpoint is not None:
         with explained(f"--resume_from_checkpoint: {checkpoint.folder} is damaged", "name another one"):
-            check_continuity(cfg, checkpoint, describe_run(cfg, model, samples, schedule))
-    say(*describe_plan(samples, cfg, schedule))
+            check_continuity(cfg, checkpoint, run)
     return Plan(samples, schedule, checkpoint)
 
 
@@ -2913,8 +2914,7 @@ def learn(
 ) -> None:  # fmt: skip
     """Train from where the run was left, with pictures and checkpoints. Raises Stopped, once its steps are saved."""
     resume(accelerator, cfg, transformer, optimizer, plan.checkpoint)
-    with accelerator.local_main_process_first():
-        schedule, origin = plan.schedule, describe_run(cfg, encodings.model, plan.samples, plan.schedule)
+    schedule, origin = plan.schedule, describe_run(cfg, encodings.model, plan.samples, plan.schedule)
     step, last, saved = schedule.first_step, schedule.max_train_steps, time.monotonic()
     interval = 60 * (cfg.checkpointing_minutes or math.inf)
     batches = stop.ends(make_batches(plan.samples, encodings, cfg, accelerator, step))
