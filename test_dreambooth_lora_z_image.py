@@ -1525,7 +1525,7 @@ def test_every_prompt_is_encoded_once_and_no_negative_without_guidance(guidance,
     assert set((tmp_path / "fresh" / "z-image-encodings" / "prompts").iterdir()) == expected
 
 
-def test_a_process_encodes_its_share_whatever_others_have_done(make_config, model, tmp_path, monkeypatch):
+def test_a_process_encodes_its_share_whatever_others_have_done(make_config, model, tmp_path, monkeypatch, pictures):
     """The second of two processes, when the first, or another run, has encoded some prompts in the meantime."""
     cfg, prompts = make_config(cache_dir=str(tmp_path / "fresh")), ["a", "b", "c", "d"]
     accelerator, encodings = Accelerator(cpu=True), encodings_of(cfg, model)
@@ -1534,6 +1534,9 @@ def test_a_process_encodes_its_share_whatever_others_have_done(make_config, mode
     monkeypatch.setattr(Accelerator, "local_process_index", 1)
     z.fill_prompts_cache(prompts, encodings, cfg, accelerator)
     assert [prompt for prompt in prompts if encodings.prompt(prompt).exists()] == ["a", "b", "d"]
+    samples = z.plan_samples(cfg, pictures)
+    z.fill_latents_cache(samples, encodings, cfg, accelerator)
+    assert [encodings.latents(sample, False).exists() for sample in samples] == [False, True, False, True, False]
 
 
 def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make_config, model, pictures):
@@ -1588,7 +1591,9 @@ def test_damaged_cache_files_are_made_again(make_config, tmp_path):
     cfg = make_config(cache_dir=str(tmp_path / "fresh"))
     run(cfg)
     good = lora_bytes(cfg)
-    files = [path for path in (tmp_path / "fresh" / "z-image-encodings").glob("*/*") if path.parent.name != "decoded"]
+    files = [*(tmp_path / "fresh").rglob("*.safetensors")]
+    for memo in (tmp_path / "fresh").rglob("digests/*"):
+        memo.write_bytes(memo.read_bytes()[:-7])
     damages = {
         "cut": lambda content: content[:-7],
         "one bit": lambda content: content[:-7] + bytes([content[-7] ^ 1]) + content[-6:],
