@@ -2298,10 +2298,9 @@ def write_checkpoint(folder: Path, files: dict[str, bytes]) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder, its name first, so that half of a checkpoint is never taken for a whole one."""
-    if folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-        os.replace(folder, temporary)
-        shutil.rmtree(temporary)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
 
 
 def describe_run(cfg: Config, model: Path, samples: list[Sample], schedule: Schedule) -> dict[str, Any]:
