@@ -2895,7 +2895,7 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     process = start(workplace, *small_run(model, "--dataloader_num_workers=1"))
     read_until(process, "step 3: pictures in")
     os.killpg(process.pid, signal.SIGTERM)  # the loader's processes hear it, too
-    rest = process.communicate()[0]
+    rest = process.communicate(timeout=300)[0]
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 128 + signal.SIGTERM and checkpoints == [rows[-1]] and rows[-1] >= 3
     assert f"stopped by SIGTERM after step {rows[-1]}, which is saved; continue with the same command and" in rest
@@ -2905,7 +2905,7 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     read_until(process, "continuing from")
     read_until(process, ": drawing 1 pictures")
     process.send_signal(signal.SIGINT)
-    rest = process.communicate()[0]
+    rest = process.communicate(timeout=300)[0]
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT after step" in rest
     assert checkpoints[-1] == rows[-1], "the step whose pictures were being drawn is saved"
@@ -2915,7 +2915,7 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     while process.poll() is None and not has_happened(workplace, "saving"):
         os.sched_yield()
     process.send_signal(signal.SIGTERM)
-    rest = process.communicate()[0]
+    rest = process.communicate(timeout=300)[0]
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 128 + signal.SIGTERM and checkpoints[-1] == rows[-1], rest
     assert not list((workplace / "out").glob(".checkpoint-*"))
@@ -2924,7 +2924,7 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     process = start(workplace, *small_run(model))
     read_until(process, "encoding p")
     process.send_signal(signal.SIGUSR1)
-    rest = process.communicate()[0]
+    rest = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + signal.SIGUSR1 and "Traceback" not in rest
     assert "stopped by SIGUSR1; continue with" in rest, "before the training"
     assert steps_on_disk(workplace / "out")[1][-1] >= rows[-1]
@@ -2949,9 +2949,17 @@ def test_a_launcher_that_dies_takes_its_process_along(workplace, model):
     process = start(workplace, *small_run(model), launcher=launcher)
     read_until(process, "step 3: pictures in")
     process.terminate()
-    rest = process.communicate()[0]  # ends when the orphan has closed its side
+    rest = process.communicate(timeout=300)[0]  # ends when the orphan has closed its side
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert checkpoints[-1] == rows[-1] and f"stopped by the end of its launcher after step {rows[-1]}" in rest
+
+
+def test_a_signal_that_comes_while_processes_agree_is_for_the_next_time(monkeypatch):
+    """Else this process would stop and wait for others that do not know."""
+    stop = z.StopRequest(None)
+    stop.is_deferred = True
+    monkeypatch.setattr(z, "anyone", lambda is_asked: stop.receive(signal.SIGTERM, None) or is_asked)
+    assert [stop.is_agreed(), stop.number, stop.is_agreed()] == [False, signal.SIGTERM, True]
 
 
 def test_one_ranks_signal_is_everybodys(workplace, model):
@@ -2968,7 +2976,7 @@ def test_one_ranks_signal_is_everybodys(workplace, model):
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGUSR1)
-    rest = process.communicate()[0]
+    rest = process.communicate(timeout=300)[0]
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 1 and checkpoints == [rows[-1]], rest[-3000:]
     assert f"after step {rows[-1]}, which is saved" in rest
@@ -3048,7 +3056,7 @@ def kill_when(process, is_time):
         os.sched_yield()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=300)
     return process.returncode != 0
 
 
@@ -3063,7 +3071,7 @@ def results(workplace):
 def run_undisturbed(workplace, model, name):
     """What comes out if nobody kills it; the folder is clean again afterwards."""
     process = start(workplace, *killed_config(workplace, model, name))
-    assert process.communicate() and process.returncode == 0
+    assert process.communicate(timeout=300) and process.returncode == 0
     expected = results(workplace)
     for folder in ("out", "cache", "classes"):
         shutil.rmtree(workplace / folder)
@@ -3077,7 +3085,7 @@ def test_a_run_killed_at_six_moments_ends_in_the_same_bytes(workplace, model):
         assert kill_when(start(workplace, *flags), lambda: has_happened(workplace, event)), event
         assert all(map(z.read_checkpoint, z.list_checkpoints(workplace / "out"))), event
     process = start(workplace, *flags)
-    assert process.communicate() and process.returncode == 0
+    assert process.communicate(timeout=300) and process.returncode == 0
     assert results(workplace) == expected
     assert not [path for path in (workplace / "out").rglob("*") if path.suffix == ".tmp"]
 
@@ -3102,7 +3110,7 @@ def test_soak(name, how, workplace, model, capsys):
                 start(workplace, *flags, launcher=launcher), lambda: has_happened(workplace, event)
             )
     process = start(workplace, *flags, launcher=launcher)
-    assert process.communicate() and process.returncode == 0
+    assert process.communicate(timeout=300) and process.returncode == 0
     assert results(workplace) == expected
     with capsys.disabled():
         print(f"\n{name}: {len(hits)} kills, {hits}; {len(expected[0])} steps, {len(expected[1])} files equal")
@@ -3233,7 +3241,7 @@ def test_four_processes_fill_one_cache_while_one_is_killed(workplace, model):
         os.sched_yield()
     processes[0].kill()
     for process in processes:
-        process.communicate()
+        process.communicate(timeout=300)
     assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0, 0]
     made = [path for path in cache.rglob("*.safetensors")]
     assert len(made) == 20 + 25 and all(map(z.is_whole, made))

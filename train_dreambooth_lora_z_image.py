@@ -2089,9 +2089,10 @@ class StopRequest:
 
     def is_agreed(self) -> bool:
         """Tell whether any process has been asked to stop; all must ask together."""
-        if anyone(self.number > 0):
+        is_asked = anyone(self.number > 0)  # a signal that comes while they ask is for the next time
+        if is_asked:
             self.number, self.reason = self.number or signal.SIGTERM, self.reason or "another process"
-        return self.number > 0
+        return is_asked
 
     def ends(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on until the run is to stop."""
