@@ -3153,6 +3153,11 @@ CHANGED = {
     "objective": ({"weighting_scheme": "none"}, r"--weighting_scheme none \(was logit_normal\)"),
     "precision": ({"mixed_precision": "bf16"}, r"--mixed_precision bf16 \(was no\)"),
     "storage": ({"quantization": "int8"}, r"--quantization int8 \(was None\)"),
+    "fp8 products": ({"do_fp8_training": True}, r"--do_fp8_training True \(was False\)"),
+    "cuts": ({"max_sequence_length": 256}, r"--max_sequence_length 256 \(was 512\)"),
+    "repeats": ({"repeats": 2}, r"--repeats 2 \(was 1\)"),
+    "crops": ({"center_crop": True}, r"--center_crop True \(was False\)"),
+    "no cache": ({"cache_latents": False}, r"--cache_latents False \(was True\)"),
     "dropout": ({"lora_dropout": 0.1}, r"--lora_dropout 0.1 \(was 0.0\)"),
     "two": ({"seed": 1, "gradient_accumulation_steps": 2}, r"--seed 1 \(was 0\); --gradient_accumulation_steps 2"),
 }
@@ -3244,7 +3249,7 @@ def test_four_processes_fill_one_cache_while_one_is_killed(workplace, model):
         process.communicate(timeout=300)
     assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0, 0]
     made = [path for path in cache.rglob("*.safetensors")]
-    assert len(made) == 20 + 25 and all(map(z.is_whole, made))
+    assert len(made) == 20 + 25 and all(map(z.is_encoding, made))
 
 
 @contextlib.contextmanager
@@ -3263,6 +3268,14 @@ def test_a_file_that_does_not_fit_leaves_nothing(tmp_path):
     with full_disk(4000), pytest.raises(OSError, match="File too large: .*/a'"):
         z.write_file(tmp_path / "a", bytes(5000))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_metrics_that_cannot_be_written_get_a_sentence(make_config, tmp_path):
+    cfg, file = make_config(), tmp_path / "out" / "metrics.jsonl"
+    z.write_file(file, b"x" * 4000)
+    schedule = z.make_schedule(cfg, [sample(0)])
+    with full_disk(4000), pytest.raises(UserError, match="out/metrics.jsonl cannot be written: .* File too large"):
+        z.log_metrics(Accelerator(cpu=True), cfg, {"step": 1, "loss": 1.0}, schedule)
 
 
 def test_a_folder_that_is_half_removed_has_lost_its_name(tmp_path, monkeypatch):
@@ -3331,6 +3344,7 @@ def test_no_file_of_a_stranger_is_executed(make_config, model, tmp_path):
         assert not trace.exists(), files
         for file in files:
             file.write_bytes(before[file]) if file in before else file.unlink()
+    run(dataclasses.replace(cfg, **changes, output_dir=str(tmp_path / "harmless")))  # it was the files, then
     (tmp_path / "evil.json").write_bytes(evil)
     for flag in ("--config", "--bnb_quantization_config_path"):
         with pytest.raises((SystemExit, UserError)):

@@ -195,7 +195,7 @@ class DataConfig(Settings):
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
         has_class = not self.with_prior_preservation or None not in (self.class_data_dir, self.class_prompt)
-        require(has_class, '--with_prior_preservation needs --class_data_dir and --class_prompt, as "a photo of dog"')
+        require(has_class, '--with_prior_preservation needs --class_data_dir and --class_prompt ("a photo of dog")')
         require(self.prior_generation_precision != "fp16", NO_FP16.format("--prior_generation_precision"))
 
 
@@ -285,7 +285,8 @@ class OptimizerConfig(Settings):
         is_pair = (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None)
         require(is_pair, "--lr_scheduler piecewise_constant and --lr_step_rules need each other")
         is_rule = re.fullmatch(r"(\d{1,9}(\.\d+)?:\d{1,9},)*\d{1,9}(\.\d+)?", self.lr_step_rules or "1") is not None
-        require(is_rule, f"--lr_step_rules reads 'factor:step,...,factor', as 1:100,0.1, not {self.lr_step_rules}")
+        shown = f"such as 1:100,0.1; got {self.lr_step_rules!r}"
+        require(is_rule, f"--lr_step_rules reads 'factor:until_step,...,factor', {shown}")
         can_fall = self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7
         require(can_fall, "--lr_scheduler polynomial falls to 1e-7; --learning_rate must be above that")
 
@@ -1329,7 +1330,7 @@ def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
         conductor(cfg)
     except (UserError, FloatingPointError, OSError, Stopped) as error:  # OSError: a disk is full, or not ours to write
         sentence, status = (str(error), 128 + error.number) if isinstance(error, Stopped) else (f"error: {error}", 2)
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError) or error.__cause__:  # not all have these
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError) or error.__cause__:  # perhaps its own
             print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)
         if isinstance(error, Stopped):
             sys.stdout.flush()
@@ -2376,7 +2377,7 @@ def load_checkpoint(checkpoint: Checkpoint, transformer: nn.Module, optimizer: O
     values |= checkpoint.state["optimizer"]
     group, fresh = checkpoint.state["param_groups"][0], optimizer.state_dict()["param_groups"][0]
     counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
-    numbers = {path.split(".")[0] for path in values}
+    numbers = {path.split(".")[0] for path in values}  # none if every step so far was skipped
     fits = lora.keys() == lora_tensors(transformer).keys() and numbers in (set(), set(map(str, fresh["params"])))
     require(fits, f"--resume_from_checkpoint {checkpoint.folder} has other layers or another optimizer; name another")
     load_lora(transformer, lora)
@@ -2901,7 +2902,7 @@ def make_plan(cfg: Config, model: Path, accelerator: Accelerator) -> Plan:
     schedule = make_schedule(cfg, samples, accelerator.num_processes, shift, first_step)
     say(*describe_plan(samples, cfg, schedule))
     with accelerator.local_main_process_first():
-        run = describe_run(cfg, model, samples, schedule)
+        run = describe_run(cfg, model, samples, schedule)  # hashes the model: one process does it, the rest look it up
     if checkpoint is not None:
         with explained(f"--resume_from_checkpoint: {checkpoint.folder} is damaged", "name another one"):
             check_continuity(cfg, checkpoint, run)
