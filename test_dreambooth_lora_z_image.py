@@ -1,7 +1,7 @@
-"""What `train_dreambooth_lora_z_image.py` promises, on CPU, with tiny models made on the spot and no network.
+"""The specification of `train_dreambooth_lora_z_image.py`, on CPU, with tiny models and without a network.
 
-Run everything with `python -m pytest`, two at a time with `-n 2` of pytest-xdist. Long tests run when they are named:
-`-m benchmark` measures memory, `-m soak` kills runs and compares what they end in with runs that nobody disturbed.
+Run all tests with `python -m pytest`, two at a time with `-n 2` of pytest-xdist. Long tests only run if you name them:
+`-m benchmark` measures memory; `-m soak` kills runs and compares their results with those of undisturbed runs.
 """
 
 import ast
@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import http.server
 import itertools
 import json
@@ -99,7 +98,7 @@ def shared_cache(tmp_path_factory):
 
 
 def draw(path, size=(64, 64), color=(200, 30, 30), **options):
-    """Write a picture with some structure in it."""
+    """Write a image with some structure in it."""
     image = Image.new("RGB", size, color)
     image.paste((20, 60, 220), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,21 +107,21 @@ def draw(path, size=(64, 64), color=(200, 30, 30), **options):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Five square pictures."""
+def images(tmp_path):
+    """Five square images."""
     for number in range(5):
-        draw(tmp_path / "pictures" / f"{number}.png", color=(50 * number, 200 - 30 * number, 90))
-    return tmp_path / "pictures"
+        draw(tmp_path / "images" / f"{number}.png", color=(50 * number, 200 - 30 * number, 90))
+    return tmp_path / "images"
 
 
 @pytest.fixture
-def make_config(model, pictures, tmp_path, shared_cache):
+def make_config(model, images, tmp_path, shared_cache):
     """A small config in fp32; keyword arguments vary it."""
 
     def make(**changes):
         defaults = {
             "pretrained_model_name_or_path": str(model),
-            "instance_data_dir": str(pictures),
+            "instance_data_dir": str(images),
             "instance_prompt": "a photo of sks dog",
             "output_dir": str(tmp_path / "out"),
             "cache_dir": str(shared_cache),
@@ -193,11 +192,11 @@ def broken_house_rules(source):
     broken += [f"line {i}: over 119 columns" for i, line in enumerate(source.splitlines(), 1) if len(line) > 119]
     for f in (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))):
         arguments = f.args.args + f.args.kwonlyargs if isinstance(f, ast.FunctionDef) else []
-        arguments = [a for a in arguments if a.arg not in ("self", "cls")]
+        arguments = [a for a in arguments if a.arg not in ("self", "cls", "ctx")]
         rules = {
             "over 60 lines": isinstance(f, ast.FunctionDef) and f.end_lineno - f.lineno >= 60,
             "nested deeper than 4": isinstance(f, ast.FunctionDef) and depth_of(f) > 4,
-            "more than 7 parameters": len(arguments) > 7,
+            "more than 5 parameters": len(arguments) > 5,
             "no docstring": not f.name.startswith("__") and ast.get_docstring(f) is None,
             "a parameter without a type": any(a.annotation is None for a in arguments),
             "a result without a type": isinstance(f, ast.FunctionDef) and f.returns is None,
@@ -210,7 +209,7 @@ def broken_house_rules(source):
 
 def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
-    assert broken_house_rules(source) == [] and len(source.splitlines()) < 3000
+    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 2600
     assert "from __future__" not in source
     assert re.findall(r"\bprint\(.*", source) == [
         "print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)"
@@ -234,7 +233,8 @@ def test_map_of_sections_is_true():
     source = SCRIPT.read_text(encoding="utf-8")
     banners = re.findall(r"^# =+\n# (.+)\n# =+$", source, re.M)
     listed = re.findall(r"^    ([A-Z][\w ]+?)  +\S", ast.get_docstring(ast.parse(source), clean=False), re.M)
-    assert banners == listed and len(banners) == 11
+    assert banners == listed and len(banners) == 12
+    assert banners == re.findall(r"^\| ([A-Z][\w ]+) \| ", README[README.index("| section | contents |") :], re.M)[:12]
 
 
 def test_sections_use_only_what_stands_above():
@@ -304,12 +304,12 @@ def test_ci_runs_the_two_commands_of_the_readme():
 
 @pytest.fixture
 def workplace(tmp_path, model):
-    """A folder as the README's reader has it: the script, and pictures in `dog` as snapshot_download leaves them."""
+    """A folder as the README's reader has it: the script, and images in `dog` as snapshot_download leaves them."""
     shutil.copy(SCRIPT, tmp_path)
     for number, size in enumerate([(64, 64), (96, 64), (64, 96), (48, 80), (80, 80)]):
         draw(tmp_path / "dog" / f"dog-{number}.jpeg", size)
     (tmp_path / "dog" / ".cache" / "huggingface").mkdir(parents=True)
-    (tmp_path / "dog" / ".cache" / "huggingface" / "dog.jpeg").write_bytes(b"not a picture")
+    (tmp_path / "dog" / ".cache" / "huggingface" / "dog.jpeg").write_bytes(b"not a image")
     (tmp_path / "dog" / ".gitattributes").write_text("*.jpeg filter=lfs\n")
     return tmp_path
 
@@ -392,8 +392,11 @@ def test_readme_main_command_then_resume_then_inference(workplace, model, hub):
     """The main command, the one that continues from its config.json, and inference with the result."""
     done = run_block(block_with('OUTPUT_DIR="trained-z-image-lora"'), workplace, model, FEW, hub.env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "constant has no warm-up" in done.stdout and "constant_with_warmup" in done.stdout
-    assert "AdamW in fp32 costs only 240 MB more" in done.stdout
+    assert (
+        "--lr_warmup_steps has no effect with --lr_scheduler constant" in done.stdout
+        and "constant_with_warmup" in done.stdout
+    )
+    assert "saves little: 240 MB compared with fp32 AdamW" in done.stdout
     output = workplace / "trained-z-image-lora"
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((output / "config.json").read_text())["guidance_scale"] == 5.0
@@ -403,7 +406,7 @@ def test_readme_main_command_then_resume_then_inference(workplace, model, hub):
 
     done = run_block(block_with("--config"), workplace, model, "--push_to_hub=false")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "continuing from trained-z-image-lora/checkpoint-2, after step 2" in done.stdout
+    assert "resuming from trained-z-image-lora/checkpoint-2, after step 2" in done.stdout
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()] == [1, 2, 3, 4]
 
     snippet = block_with("load_lora_weights", SNIPPETS).replace("Tongyi-MAI/Z-Image", str(model))
@@ -427,16 +430,16 @@ def test_readme_variants_of_the_main_command(name, workplace, model, hub):
 def test_readme_buckets_and_bilingual_prompts(workplace, model):
     done = run_block(block_with("--aspect_ratio_buckets"), workplace, model, SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"128 x 128 +2 ", done.stdout), "the two square pictures belong to the square bucket"
+    assert re.search(r"128 x 128 +2 ", done.stdout), "the two square images belong to the square bucket"
     sheet = Image.open(workplace / "trained-z-image-lora-buckets" / "validation" / "step-000002" / "sheet.png")
-    assert sheet.size == (128, 256), "two prompts, drawn at the size of the buckets"
+    assert sheet.size == (128, 256), "two prompts, generated at the size of the buckets"
 
 
 def test_readme_prior_preservation(workplace, model):
     done = run_block(block_with("--with_prior_preservation"), workplace, model, SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in (workplace / "dogs").iterdir()) == [f"class-0000{n}.png" for n in range(3)]
-    assert "generating class pictures" in done.stderr
+    assert "generating class images" in done.stderr
 
 
 def test_readme_notebook_snippet(workplace, model, monkeypatch):
@@ -510,14 +513,13 @@ def test_every_way_to_configure_accelerate_runs(how, workplace, model):
 def flag_tables():
     """The README's reference of all flags, from the flags themselves."""
     lines = []
-    for group in Config.__bases__:
-        lines += [f"### {group.__doc__}", "", "| flag | default | what it does |", "|---|---|---|"]
-        for field in dataclasses.fields(group):
-            default = "" if field.default in (None, "") else str(field.default).lower()
-            names = ", ".join(f"`{name}`" for name in (f"--{field.name}", *field.metadata["aliases"]))
-            lines.append(f"| {names} | {default} | {field.metadata['help'].replace('|', '/')} |")
-        lines.append("")
-    return "\n".join(lines)
+    for field in dataclasses.fields(Config):
+        if field.name in z.HEADINGS:
+            lines += ["", f"### {z.HEADINGS[field.name]}", "", "| flag | default | what it does |", "|---|---|---|"]
+        default = "" if field.default in (None, "") else str(field.default).lower()
+        names = ", ".join(f"`{name}`" for name in (f"--{field.name}", *field.metadata["aliases"]))
+        lines.append(f"| {names} | {default} | {field.metadata['help'].replace('|', '/')} |")
+    return "\n".join(lines[1:])
 
 
 def test_readme_lists_every_flag(tmp_path):
@@ -589,7 +591,7 @@ def test_defaults():
         4.0,
     )
     assert cfg.num_inference_steps == 28
-    assert z.make_schedule(cfg, [sample(0)], 1, 1.0).max_train_steps == 1500
+    assert z.make_schedule(cfg, [sample(0)], 1).max_train_steps == 1500
 
 
 def test_flags_as_people_write_them():
@@ -617,9 +619,9 @@ def test_config_round_trip(make_config, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "cannot be read as JSON"), ("[1]", "one JSON object"), ('{"rnak": 3}', "do not exist: rnak"),
-        ('{"rank": "3a"}', "rank"), ('{"rank": 2.5}', "--rank does not take 2.5"), (None, "cannot be read"),
-        ('{"optimizer": "sgd"}', "--optimizer does not take 'sgd'; it takes adamw or prodigy"),
+        ("{", "cannot be read as JSON"), ("[1]", "one JSON object"), ('{"rnak": 3}', "unknown settings: rnak"),
+        ('{"rank": "3a"}', "rank"), ('{"rank": 2.5}', "--rank does not accept 2.5"), (None, "cannot be read"),
+        ('{"optimizer": "sgd"}', "--optimizer does not accept 'sgd'; it accepts adamw or prodigy"),
     ],
 )  # fmt: skip
 def test_bad_config_files(content, words, tmp_path, capsys):
@@ -638,36 +640,36 @@ def test_bad_config_files(content, words, tmp_path, capsys):
         ({"max_train_steps": -5}, "--max_train_steps must be at least 1, got -5"),
         ({"resolution": 100}, "--resolution must be a multiple of 16"),
         ({"aspect_ratio_buckets": "1024,1000"}, "--aspect_ratio_buckets: sides must be multiples of 16, got 1000"),
-        ({"aspect_ratio_buckets": "1024x1024"}, "--aspect_ratio_buckets reads 'height,width"),
-        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is refused"),
-        ({"prior_generation_precision": "fp16"}, "--prior_generation_precision fp16 is refused"),
-        ({"optimizer": "lion"}, "--optimizer does not take 'lion'"),
-        ({"instance_data_dir": None}, "--instance_data_dir or with --dataset_name"),
-        ({"dataset_name": "x"}, "one of the two"),
+        ({"aspect_ratio_buckets": "1024x1024"}, "--aspect_ratio_buckets must have the form 'height,width"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is not supported"),
+        ({"prior_generation_precision": "fp16"}, "--prior_generation_precision fp16 is not supported"),
+        ({"optimizer": "lion"}, "--optimizer does not accept 'lion'"),
+        ({"instance_data_dir": None}, "--instance_data_dir or from --dataset_name"),
+        ({"dataset_name": "x"}, "give exactly one of them"),
         ({"with_prior_preservation": True}, "needs --class_data_dir"),
-        ({"timestep_shift": "nan"}, "--timestep_shift takes a number above 0 or 'scheduler'"),
+        ({"timestep_shift": "nan"}, "--timestep_shift accepts a number above 0 or 'scheduler'"),
         ({"timestep_shift": "0"}, "--timestep_shift"),
-        ({"learning_rate": math.nan}, "--learning_rate does not take nan; it takes float"),
+        ({"learning_rate": math.nan}, "--learning_rate does not accept nan; it accepts float"),
         ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
         ({"lora_dropout": 1.0}, "--lora_dropout must be below 1"),
-        ({"lr_scheduler": "piecewise_constant"}, "need each other"),
-        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "0.1,a:3"}, "--lr_step_rules reads"),
-        ({"validation_prompt": "text"}, "--validation_prompt does not take 'text'; it takes tuple[str, ...]"),
-        ({"repeats": True}, "--repeats does not take True"),
-        ({"instance_prompt": "\udcff"}, "--instance_prompt does not take"),
-        ({"learning_rate": 10**400}, "--learning_rate does not take"),
+        ({"lr_scheduler": "piecewise_constant"}, "require each other"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "0.1,a:3"}, "--lr_step_rules must have the form"),
+        ({"validation_prompt": "text"}, "--validation_prompt does not accept 'text'; it accepts tuple[str, ...]"),
+        ({"repeats": True}, "--repeats does not accept True"),
+        ({"instance_prompt": "\udcff"}, "--instance_prompt does not accept"),
+        ({"learning_rate": 10**400}, "--learning_rate does not accept"),
         ({"seed": 2**64}, "--seed must be below"),
-        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1.2.3:5,1"}, "--lr_step_rules reads"),
-        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "--lr_scheduler polynomial falls to 1e-7"),
-        ({"caption_column": "text"}, "--caption_column belongs to --dataset_name"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1.2.3:5,1"}, "--lr_step_rules must have the form"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "--lr_scheduler polynomial decays to 1e-7"),
+        ({"caption_column": "text"}, "--caption_column requires --dataset_name"),
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is required"),
-        ({"quantization": "fp8", "do_fp8_training": True}, "--quantization and --do_fp8_training are formats for"),
-        ({"quantization": "int4"}, "--quantization does not take 'int4'; it takes fp8 or int8 or nf4"),
-        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id a/b/c is no name of a repository"),
+        ({"quantization": "fp8", "do_fp8_training": True}, "--quantization and --do_fp8_training set the format"),
+        ({"quantization": "int4"}, "--quantization does not accept 'int4'; it accepts fp8 or int8 or nf4"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id a/b/c is not a valid repository name"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0"),
-        ({"push_to_hub": True, "hub_model_id": "用户/a"}, "--hub_model_id 用户/a is no name of a repository"),
-        ({"hub_token": "hf_x\r"}, "--hub_token holds a line break, a space or a letter that no token has"),
-        ({"hub_token": ["hf_x"]}, "--hub_token does not take this value; it takes str"),
+        ({"push_to_hub": True, "hub_model_id": "用户/a"}, "--hub_model_id 用户/a is not a valid repository name"),
+        ({"hub_token": "hf_x\r"}, "--hub_token contains a line break, a space, or a letter that no token has"),
+        ({"hub_token": ["hf_x"]}, "--hub_token does not accept this value; it accepts str"),
     ],
 )
 def test_config_refuses(changes, words, make_config):
@@ -683,13 +685,16 @@ def test_config_refuses(changes, words, make_config):
         ({"adam_weight_decay_text_encoder": 1e-5}, "--adam_weight_decay_text_encoder"),
         ({"local_rank": 0}, "--local_rank"),
         ({"lr_warmup_steps": 100}, "constant_with_warmup"),
-        ({"lr_warmup_steps": 2, "lr_scheduler": "linear"}, "--lr_warmup_steps 2 is as long as the run"),
+        ({"lr_warmup_steps": 2, "lr_scheduler": "linear"}, "--lr_warmup_steps 2 covers the whole run"),
         ({"optimizer": "prodigy"}, "--learning_rate 0.01 is low for Prodigy"),
         ({"class_prompt": "dog"}, "--with_prior_preservation"),
-        ({"final_validation_prompt": "a", "validation_prompt": ("b",)}, "--final_validation_prompt"),
-        ({"cache_latents": True, "random_flip": True}, "at its centre, with its mirror image"),
+        (
+            {"final_validation_prompt": "a", "validation_prompt": ("b",)},
+            "--final_validation_prompt has no effect with",
+        ),
+        ({"cache_latents": True, "random_flip": True}, "at its center, with its mirror image"),
         ({"fsdp_text_encoder": True}, "--fsdp_text_encoder has no effect"),
-        ({"use_8bit_adam": True}, "AdamW in fp32 costs only 240 MB more, at rank 16 with the default layers"),
+        ({"use_8bit_adam": True}, "240 MB compared with fp32 AdamW, at rank 16 with the default layers"),
         (PRODIGY | {"use_8bit_adam": True}, "--use_8bit_adam is ignored with --optimizer prodigy"),
         ({"revision": "main"}, "--revision has no effect on a local folder"),
         ({"hub_model_id": "me/lora"}, "no effect without --push_to_hub"),
@@ -740,7 +745,7 @@ def truncated(path):
 
 
 def in_mode(mode, **options):
-    """A picture of some mode."""
+    """A image of some mode."""
     return lambda path: Image.new("RGB", (64, 64), (9, 99, 200)).convert(mode).save(path, **options)
 
 
@@ -760,12 +765,12 @@ def float_tiff(path):
 
 
 def with_text(text):
-    """A picture whose caption is some bytes."""
+    """A image whose caption is some bytes."""
     return lambda path: (draw(path), path.with_suffix(".txt").write_bytes(text))
 
 
 def nested(path):
-    """A picture ten folders deep."""
+    """A image ten folders deep."""
     draw(path.joinpath(*"abcdefghij", "deep.png"))
 
 
@@ -774,11 +779,11 @@ def hidden_in(folder):
     return lambda path: draw(path.parent / folder / ("._1.png" if folder == "__MACOSX" else "1.png"))
 
 
-# What may lie in a folder of pictures: how to make it, and whether it is used, skipped with a line, or refused.
+# What may lie in a folder of images: how to make it, and whether it is used, skipped with a line, or refused.
 ODD_FILES = {
     "truncated.jpg": (truncated, "skipped"), "zero.png": (lambda path: path.write_bytes(b""), "skipped"),
     "jpeg called.png": (lambda path: draw(path, format="JPEG"), "used"),
-    "text called.png": (lambda path: path.write_text("no picture"), "skipped"),
+    "text called.png": (lambda path: path.write_text("no image"), "skipped"),
     "pixel.png": (lambda path: draw(path, (1, 1)), "used"), "line.png": (lambda path: draw(path, (1, 5000)), "used"),
     "bomb.png": (bomb, "skipped"), "cmyk.jpg": (in_mode("CMYK"), "used"), "16 bits.png": (in_mode("I;16"), "used"),
     "float.tiff": (float_tiff, "used"), "palette.png": (palette_with_transparency, "used"),
@@ -803,14 +808,14 @@ ODD_FILES = {
 
 
 def rotation(orientation):
-    """EXIF data that turn a picture."""
+    """EXIF data that turn a image."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
 
 
 @pytest.mark.parametrize("name", ODD_FILES, ids=ascii)
-def test_whatever_lies_among_the_pictures_is_used_or_named(name, make_config, tmp_path, capsys):
+def test_whatever_lies_among_the_images_is_used_or_named(name, make_config, tmp_path, capsys):
     make, outcome = ODD_FILES[name]
     folder = tmp_path / "among"
     draw(folder / "good.png")
@@ -820,12 +825,11 @@ def test_whatever_lies_among_the_pictures_is_used_or_named(name, make_config, tm
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module="PIL")
         if outcome == "refused":
-            with pytest.raises(UserError, match="latin1.txt is not UTF-8 text; save it again as UTF-8"):
-                z.check_inputs(cfg)
+            with pytest.raises(UserError, match="latin1.txt cannot be read as UTF-8 text: .*; save it as UTF-8"):
+                z.make_plan(cfg)
             return
-        z.check_inputs(cfg)
-        samples = z.plan_samples(cfg, folder)
-        pixels = [z.load_pixels(sample, z.Augmentation(False, z.CENTRE)) for sample in samples]
+        samples = z.plan_samples(cfg)
+        pixels = [z.load_pixels(sample, False) for sample in samples]
     said = capsys.readouterr().out
     assert len(samples) == 1 + (outcome == "used") and all(one.shape == (3, 32, 32) for one in pixels)
     shown = {"__MACOSX": "._1.png"}.get(name, name)
@@ -833,32 +837,31 @@ def test_whatever_lies_among_the_pictures_is_used_or_named(name, make_config, tm
     assert "\x1b" not in said + z.describe_plan(samples, cfg, z.make_schedule(cfg, samples))[0]
 
 
-def test_other_files_and_damaged_pictures_are_named(make_config, pictures, capsys):
-    (pictures / "notes.md").write_text("x")
-    (pictures / ".DS_Store").write_bytes(b"x")
-    (pictures / "zero.jpg").write_bytes(b"")
-    whole = draw(pictures / "cut.jpg", (300, 300)).read_bytes()
-    (pictures / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    samples = z.plan_samples(make_config(), pictures)
+def test_other_files_and_damaged_images_are_named(make_config, images, capsys):
+    (images / "notes.md").write_text("x")
+    (images / ".DS_Store").write_bytes(b"x")
+    (images / "zero.jpg").write_bytes(b"")
+    whole = draw(images / "cut.jpg", (300, 300)).read_bytes()
+    (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    samples = z.plan_samples(make_config())
     said = capsys.readouterr().out
-    assert len(samples) == 5 and "left alone: .DS_Store, notes.md" in said
-    assert re.search(r"warning: .*cut.jpg is damaged", said) and re.search(
-        r"warning: .*zero.jpg cannot be read as a picture and will be left out", said
-    )
+    assert len(samples) == 5 and "ignored: .DS_Store, notes.md" in said
+    assert re.search(r"warning: .*cut.jpg is damaged or not an image: .*; skipped", said)
+    assert re.search(r"warning: .*zero.jpg is damaged or not an image: .*; skipped", said)
 
 
-def test_refused_if_every_picture_is_damaged(make_config, tmp_path):
+def test_refused_if_every_image_is_damaged(make_config, tmp_path):
     whole = draw(tmp_path / "one" / "cut.jpg", (300, 300)).read_bytes()
     (tmp_path / "one" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="every picture in .*one is damaged"):
-        z.plan_samples(make_config(), tmp_path / "one")
+    with pytest.raises(UserError, match="one contains no usable image"):
+        z.plan_samples(make_config(instance_data_dir=str(tmp_path / "one")))
 
 
-def test_a_good_picture_is_decoded_only_once(make_config, pictures, monkeypatch, tmp_path):
+def test_a_good_image_is_decoded_only_once(make_config, images, monkeypatch, tmp_path):
     cfg = make_config(cache_dir=str(tmp_path / "fresh"))
-    z.plan_samples(cfg, pictures)
-    monkeypatch.setattr(z, "load_picture", lambda path: pytest.fail(f"{path} was decoded again"))
-    assert len(z.plan_samples(cfg, pictures)) == 5
+    z.plan_samples(cfg)
+    monkeypatch.setattr(z, "load_image", lambda path: pytest.fail(f"{path} was decoded again"))
+    assert len(z.plan_samples(cfg)) == 5
 
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -878,7 +881,7 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     else:
         image = gray.convert("LA" if mode == "LA" else mode)
     image.save(path)
-    loaded = z.load_picture(path)
+    loaded = z.load_image(path)
     assert loaded.mode == "RGB" and loaded.size == (32, 32)
     dark, bright = loaded.getpixel((16, 1))[0], loaded.getpixel((16, 30))[0]
     assert bright - dark > 150, (mode, dark, bright)
@@ -887,14 +890,14 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
 def test_transparency_lies_over_white(tmp_path):
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "a.png")
     Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "b.webp", lossless=True)
-    assert z.load_picture(tmp_path / "a.png").getpixel((3, 3)) == WHITE
-    assert z.load_picture(tmp_path / "b.webp").getpixel((3, 3)) == (255, 127, 127)
+    assert z.load_image(tmp_path / "a.png").getpixel((3, 3)) == WHITE
+    assert z.load_image(tmp_path / "b.webp").getpixel((3, 3)) == (255, 127, 127)
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (16, 16), color) for color in (RED, (0, 0, 255))]
     frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True)
-    assert z.load_picture(tmp_path / "x.webp").getpixel((3, 3)) == RED
+    assert z.load_image(tmp_path / "x.webp").getpixel((3, 3)) == RED
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -907,35 +910,34 @@ def test_exif_rotation(orientation, tmp_path):
     exif[0x0112] = orientation
     for name in ("x.png", "x.tif"):
         stored.save(tmp_path / name, exif=exif)
-        assert z.read_size(tmp_path / name) == (16, 32)
-        loaded = z.load_picture(tmp_path / name)
+        loaded = z.load_image(tmp_path / name)
         assert loaded.size == (32, 16) and loaded.getpixel((2, 2)) == RED and loaded.getpixel((30, 14)) == WHITE
 
 
-def test_captions(make_config, pictures):
-    (pictures / "0.txt").write_text("\ufeff一只sks狗的照片\n", encoding="utf-8")
-    (pictures / "1.caption").write_text("from caption")
-    (pictures / "0.caption").write_text("second choice")
+def test_captions(make_config, images):
+    (images / "0.txt").write_text("\ufeff一只sks狗的照片\n", encoding="utf-8")
+    (images / "1.caption").write_text("from caption")
+    (images / "0.caption").write_text("second choice")
     rows = [{"file_name": f"{n}.png", key: f"from {key}"} for n, key in ((2, "text"), (3, "caption"), (1, "prompt"))]
     rows[0]["text"] += "\u2028two lines"  # a line for Python, not for JSON
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (pictures / "metadata.jsonl").write_text(lines + "\n\n", encoding="utf-8")
-    draw(pictures / ("x" * 251 + ".png"))
-    scan = z.scan_pictures(pictures / ".." / "pictures", "default", False, make_config())
-    prompts = [sample.prompt for sample in scan.samples]
+    (images / "metadata.jsonl").write_text(lines + "\n\n", encoding="utf-8")
+    draw(images / ("x" * 251 + ".png"))
+    samples = z.scan_images(images / ".." / "images", "default", False, make_config())
+    prompts = [sample.prompt for sample in samples]
     assert prompts == [
         "一只sks狗的照片", "from caption", "from text\u2028two lines", "from caption", "default", "default",
     ]  # fmt: skip
-    assert [sample.has_caption for sample in scan.samples] == [True] * 4 + [False] * 2 and scan.others == []
+    assert [sample.has_caption for sample in samples] == [True] * 4 + [False] * 2
 
 
-def test_instance_prompt_is_required_only_without_captions(make_config, pictures):
+def test_instance_prompt_is_required_only_without_captions(make_config, images):
     cfg = make_config(instance_prompt=None)
     with pytest.raises(UserError, match="--instance_prompt is required: .*0.png has no caption"):
-        z.check_inputs(cfg)
+        z.make_plan(cfg)
     for number in range(5):
-        (pictures / f"{number}.txt").write_text("own")
-    z.check_inputs(cfg)
+        (images / f"{number}.txt").write_text("own")
+    z.plan_samples(cfg)
 
 
 def test_nearest_bucket_goes_by_log_aspect_then_area():
@@ -968,33 +970,33 @@ def test_automatic_buckets_never_enlarge(make_config):
 def test_samples_follow_their_buckets(make_config, tmp_path):
     for name, size in {"wide": (96, 48), "tall": (48, 96), "square": (90, 90)}.items():
         draw(tmp_path / "shapes" / f"{name}.png", size)
-    cfg = make_config(aspect_ratio_buckets="32,32;32,64;64,32")
-    samples = z.plan_samples(cfg, tmp_path / "shapes")
+    cfg = make_config(aspect_ratio_buckets="32,32;32,64;64,32", instance_data_dir=str(tmp_path / "shapes"))
+    samples = z.plan_samples(cfg)
     assert {s.path.stem: s.bucket for s in samples} == {"square": (32, 32), "tall": (64, 32), "wide": (32, 64)}
     for s in samples:
-        assert z.load_pixels(s, z.Augmentation(False, z.CENTRE)).shape == (3, *s.bucket)
+        assert z.load_pixels(s, False).shape == (3, *s.bucket)
 
 
 def shown(samples, cfg, batches, size):
     """Count how often each sample is shown in the first micro-batches."""
     stream = itertools.islice(z.micro_batches(samples, cfg, size), batches)
-    return collections.Counter(draw.sample for batch in stream for draw in batch)
+    return collections.Counter(example.sample for batch in stream for example in batch)
 
 
 @pytest.mark.parametrize("batch", [2, 4])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_five_pictures_of_five_shapes_are_seen_equally_often(batch, processes, make_config):
+def test_five_images_of_five_shapes_are_seen_equally_often(batch, processes, make_config):
     cfg, size = make_config(train_batch_size=batch), batch * processes
     samples = [sample(n, (32, 32 + 16 * n)) for n in range(5)]
-    for draws in z.micro_batches(samples, cfg, size):
-        assert len({samples[draw.sample].bucket for draw in draws}) == 1 and len(draws) == size
+    for batch_of in z.micro_batches(samples, cfg, size):
+        assert len({samples[example.sample].bucket for example in batch_of}) == 1 and len(batch_of) == size
         break
     counts = shown(samples, cfg, 40, size)
     assert len(counts) == 5 and max(counts.values()) - min(counts.values()) <= size
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prior_preservation_uses_every_picture_equally_often(batch, make_config):
+def test_prior_preservation_uses_every_image_equally_often(batch, make_config):
     cfg = make_config(with_prior_preservation=True, class_data_dir="c", class_prompt="dog", train_batch_size=batch)
     samples = [sample(n) for n in range(5)] + [sample(5 + n, is_prior=True) for n in range(7)]
     counts = shown(samples, cfg, 210 // batch, batch)
@@ -1007,72 +1009,74 @@ def test_an_epoch_is_a_permutation_and_depends_on_seed_and_epoch(make_config):
     samples = [sample(n) for n in range(20)]
     orders = {}
     for seed in (0, 1):
-        draws = [d.sample for d in itertools.islice(z.example_stream(samples, make_config(seed=seed)), 40)]
-        orders[seed, 0], orders[seed, 1] = draws[:20], draws[20:]
+        indices = [e.sample for e in itertools.islice(z.example_stream(samples, make_config(seed=seed)), 40)]
+        orders[seed, 0], orders[seed, 1] = indices[:20], indices[20:]
     assert all(sorted(order) == list(range(20)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 4
-    assert [d.number for d in itertools.islice(z.example_stream(samples, make_config()), 5)] == [0, 1, 2, 3, 4]
+    assert [e.number for e in itertools.islice(z.example_stream(samples, make_config()), 5)] == [0, 1, 2, 3, 4]
 
 
 def test_plan_refuses_a_bucket_that_never_trains_and_tells_of_short_runs(make_config):
     samples = [sample(n) for n in range(9)] + [sample("lonely", (32, 64))]
     cfg = make_config(train_batch_size=4, max_train_steps=4)
     with pytest.raises(UserError, match=r"bucket 32 x 64 never fills a batch of 4.*lonely.png.*--train_batch_size"):
-        z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+        z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1))
     classes = [sample(n, is_prior=True) for n in range(10, 60)] + [sample(60, (64, 32), is_prior=True)]
     prior = {"with_prior_preservation": True, "class_data_dir": "c", "class_prompt": "p"}
-    cfg = make_config(max_train_steps=20, **prior)  # two epochs of the instances, a fifth of the class pictures
-    z.describe_plan(samples[:5] + classes, cfg, z.make_schedule(cfg, samples[:5] + classes, 1, 1.0))
+    cfg = make_config(max_train_steps=20, **prior)  # two epochs of the instances, a fifth of the class images
+    z.describe_plan(samples[:5] + classes, cfg, z.make_schedule(cfg, samples[:5] + classes, 1))
     cfg = make_config(train_batch_size=4, max_train_steps=4, repeats=3)  # 16 of 30 examples
-    z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1))
     cfg = make_config(train_batch_size=4, max_train_steps=1)
-    lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1))
     assert any("shorter than one epoch" in line for line in lines)
     cfg = make_config(train_batch_size=4, max_train_steps=20)
-    text = "\n".join(z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0)))
-    assert "bucket 32 x 64 has fewer pictures than a batch of 4" in text and "80 examples = 8.0 epochs of 10" in text
+    text = "\n".join(z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1)))
+    assert "bucket 32 x 64 has fewer images than a batch of 4" in text and "80 examples = 8.0 epochs of 10" in text
 
 
-def test_plan_states_how_often_pictures_are_seen_and_what_validation_costs(make_config):
+def test_plan_states_how_often_images_are_seen_and_what_validation_costs(make_config):
     samples = [sample(n) for n in range(5)]
     cfg = make_config(max_train_steps=100, validation_prompt=("a",), num_validation_images=4, num_inference_steps=10)
     cfg = dataclasses.replace(cfg, validation_steps=50)
-    lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1))
     assert re.search(r"32 x 32 +5 +0 +0 +1 +20 ", lines[1])
-    # before, after 50 and after the last step: 3 x 4 pictures x 10 steps x 2 for guidance, against 2 passes a picture
-    words = "3 x 4 pictures of 32 x 32, 10 steps each, twice for guidance = 240 forward passes, about 55 %"
+    # before, after 50 and after the last step: 3 x 4 images x 10 steps x 2 for guidance, against 2 passes a image
+    words = "3 x 4 images of 32 x 32, 10 steps each, twice for guidance = 240 forward passes, about 55%"
     assert words in lines[-1]
     larger = dataclasses.replace(cfg, validation_resolution=64, guidance_scale=0.0)
-    line = z.describe_plan(samples, larger, z.make_schedule(larger, samples, 1, 1.0))[-1]
-    assert "10 steps each = 120 forward passes, about 71 %" in line  # 120 x 4 against 200
+    line = z.describe_plan(samples, larger, z.make_schedule(larger, samples, 1))[-1]
+    assert "10 steps each = 120 forward passes, about 71%" in line  # 120 x 4 against 200
     missing = [dataclasses.replace(sample(n, is_prior=True), digest="") for n in range(7)]
     line = z.describe_plan(samples + missing, cfg, z.make_schedule(cfg, samples + missing))[-2]
-    assert line == "to be generated first: 140 forward passes for 7 class pictures"
+    assert line == "to be generated first: 7 class images, 140 forward passes"
 
 
 def test_a_long_run_is_planned_from_its_first_part(make_config):
     samples, cfg = [sample(n) for n in range(5)], make_config(max_train_steps=10**9)
-    views = z.count_views(samples, cfg, z.make_schedule(cfg, samples, 1, 1.0))
+    views = z.count_views(samples, cfg, z.make_schedule(cfg, samples, 1))
     assert set(views.values()) == {2 * 10**8}
 
 
 def test_sizes_beyond_the_model_are_refused(make_config, model):
-    z.check_sizes(make_config(), [sample(0, (2048, 2048))], model)
-    with pytest.raises(UserError, match="16 x 4096 is too large for this model, which knows 2048 x 2048"):
-        z.check_sizes(make_config(), [sample(0, (16, 4096))], model)
-    with pytest.raises(UserError, match="--max_sequence_length 1024 is beyond this model, which has 1024 positions"):
-        z.check_sizes(make_config(max_sequence_length=1024), [sample(0)], model)
+    z.check_sizes(make_config(), [sample(0, (2048, 2048))], z.make_empty_transformer(model))
+    with pytest.raises(UserError, match="16 x 4096 is too large for this model, which supports 2048 x 2048"):
+        z.check_sizes(make_config(), [sample(0, (16, 4096))], z.make_empty_transformer(model))
+    with pytest.raises(
+        UserError, match="--max_sequence_length 1024 is too large for this model, which has 1024 positions"
+    ):
+        z.check_sizes(make_config(max_sequence_length=1024), [sample(0)], z.make_empty_transformer(model))
     with pytest.raises(UserError, match="4096 x 4096 is too large .* --validation_resolution"):
-        z.check_sizes(make_config(validation_resolution=4096), [sample(0)], model)
+        z.check_sizes(make_config(validation_resolution=4096), [sample(0)], z.make_empty_transformer(model))
 
 
-def test_pictures_are_drawn_at_the_size_of_the_buckets(make_config):
-    assert z.training_side(make_config()) == 32
-    assert z.training_side(make_config(aspect_ratio_buckets="32,512;96,16")) == 128
-    assert z.training_side(make_config(aspect_ratio_buckets="672,1568;1024,1024")) == 1024
+def test_images_are_generated_at_the_size_of_the_buckets(make_config):
+    assert make_config().training_side == 32
+    assert make_config(aspect_ratio_buckets="32,512;96,16").training_side == 128
+    assert make_config(aspect_ratio_buckets="672,1568;1024,1024").training_side == 1024
 
 
-def test_class_pictures_have_the_size_of_training_not_of_validation(make_config, tmp_path):
+def test_class_images_have_the_size_of_training_not_of_validation(make_config, tmp_path):
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "c"), "class_prompt": "dog"}
     run(make_config(**prior, num_class_images=1, validation_resolution=16, resolution=48))
     assert Image.open(tmp_path / "c" / "class-00000.png").size == (48, 48)
@@ -1081,41 +1085,40 @@ def test_class_pictures_have_the_size_of_training_not_of_validation(make_config,
 def test_validation_steps(make_config):
     samples = [sample(n) for n in range(5)]
     cfg = make_config(validation_epochs=2, train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=9)
-    schedule = z.make_schedule(cfg, samples, 1, 1.0)  # 10 examples between validations, 4 per step
+    schedule = z.make_schedule(cfg, samples, 1)  # 10 examples between validations, 4 per step
     assert [step for step in range(9) if schedule.is_validation_step(step)] == [0, 3, 5, 8]
     cfg = dataclasses.replace(cfg, validation_steps=4)
-    schedule = z.make_schedule(cfg, samples, 3, 1.0)
+    schedule = z.make_schedule(cfg, samples, 3)
     assert [step for step in range(9) if schedule.is_validation_step(step)] == [0, 4, 8]
 
 
 def test_steps_from_epochs(make_config):
     samples = [sample(n) for n in range(5)] + [sample(5, is_prior=True)]
     cfg = make_config(max_train_steps=None, num_train_epochs=3, repeats=2, train_batch_size=2)
-    assert z.make_schedule(cfg, samples, 2, 1.0).max_train_steps == math.ceil(3 * 10 / 4)
+    assert z.make_schedule(cfg, samples, 2).max_train_steps == math.ceil(3 * 10 / 4)
     cfg = dataclasses.replace(cfg, with_prior_preservation=True, class_data_dir="c", class_prompt="p")
-    assert z.make_schedule(cfg, samples, 1, 1.0).epoch_examples == 20
+    assert z.make_schedule(cfg, samples, 1).epoch_examples == 20
 
 
 def test_dataset_folder(make_config, tmp_path, capsys):
-    """A local data set as `datasets` reads it: pictures and captions become samples."""
+    """A local data set as `datasets` reads it: images and captions become samples."""
     for number in range(3):
         draw(tmp_path / "set" / "train" / f"{number}.png", (40 + number, 40))
     rows = [{"file_name": f"{n}.png", "words": f"caption {n}", "number": n} for n in range(3)]
     (tmp_path / "set" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     changes = {"instance_data_dir": None, "dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
     cfg = make_config(**changes, caption_column="words")
-    z.check_inputs(cfg)
-    samples = z.plan_samples(cfg, z.export_dataset(cfg))
+    samples = z.plan_samples(cfg)
     assert sorted((s.prompt, s.size) for s in samples) == [(f"caption {n}", (40, 40 + n)) for n in range(3)]
     cfg = make_config(**changes)
-    assert {s.prompt for s in z.plan_samples(cfg, z.export_dataset(cfg))} == {"a photo of sks dog"}
-    assert "no captions are taken; --caption_column takes them from words" in capsys.readouterr().out
+    assert {s.prompt for s in z.plan_samples(cfg)} == {"a photo of sks dog"}
+    assert "captions are not used; --caption_column takes them from words" in capsys.readouterr().out
     with pytest.raises(
-        UserError, match="--caption_column txt is no column of the dataset; it has image, words, number"
+        UserError, match="--caption_column txt is not a column of the dataset, which has image, words, number"
     ):
         z.export_dataset(make_config(**changes, caption_column="txt"))
-    with pytest.raises(UserError, match="--caption_column number holds no text"):
-        z.export_dataset(make_config(**changes, caption_column="number"))
+    with pytest.raises(UserError, match="metadata.jsonl, line 1: the caption 0 is not text"):
+        z.plan_samples(make_config(**changes, caption_column="number"))
     with pytest.raises(UserError, match="--image_column words"):
         z.export_dataset(make_config(**changes, image_column="words"))
     for name in ("one", "two"):
@@ -1124,7 +1127,7 @@ def test_dataset_folder(make_config, tmp_path, capsys):
     (tmp_path / "configs" / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
     for name, size in (("one", (50, 50)), ("two", (60, 60))):
         cfg = make_config(**(changes | {"dataset_name": str(tmp_path / "configs"), "dataset_config_name": name}))
-        assert [s.size for s in z.plan_samples(cfg, z.export_dataset(cfg))] == [size]
+        assert [s.size for s in z.plan_samples(cfg)] == [size]
     with pytest.raises(UserError, match="--dataset_name .*nowhere cannot be loaded"):
         z.export_dataset(make_config(**(changes | {"dataset_name": str(tmp_path / "nowhere")})))
 
@@ -1132,14 +1135,14 @@ def test_dataset_folder(make_config, tmp_path, capsys):
 # Each entry makes one mistake in a folder that would otherwise train, and gives the words of the answer.
 MISTAKES = {
     "no folder": (lambda w: ["--instance_data_dir=cats"], "--instance_data_dir cats does not exist"),
-    "empty folder": (lambda w: (w / "empty").mkdir() or ["--instance_data_dir=empty"], "holds no picture"),
-    "no readable picture": (
+    "empty folder": (lambda w: (w / "empty").mkdir() or ["--instance_data_dir=empty"], "contains no usable image"),
+    "no readable image": (
         lambda w: (w / "text").mkdir() or (w / "text" / "x.png").write_text("x") and ["--instance_data_dir=text"],
-        "holds no picture that can be used (text/x.png cannot be read as a picture)",
+        "contains no usable image; add some",
     ),
     "caption in Latin-1": (
         lambda w: (w / "dog" / "dog-0.txt").write_bytes(b"caf\xe9") and [],
-        "dog-0.txt is not UTF-8",
+        "dog-0.txt cannot be read as UTF-8 text",
     ),
     "metadata names a missing file": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n') and [],
@@ -1149,11 +1152,11 @@ MISTAKES = {
         lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "../x.png", "text": "x"}\n') and [],
         "metadata.jsonl, line 1 names ../x.png",
     ),
-    "caption that is no text": (
+    "caption that is not text": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "dog-0.jpeg", "text": 5}\n') and [],
         "metadata.jsonl, line 1: the caption 5 is not text",
     ),
-    "metadata is no JSON": (
+    "metadata is not JSON": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text("file_name: x\n") and [],
         "metadata.jsonl, line 1 is not a JSON object",
     ),
@@ -1161,7 +1164,7 @@ MISTAKES = {
     "rank 0": (lambda w: ["--rank=0"], "--rank must be at least 1"),
     "negative steps": (lambda w: ["--max_train_steps=-1"], "--max_train_steps must be at least 1"),
     "optimizer": (lambda w: ["--optimizer=lion"], "--optimizer: invalid choice: 'lion'"),
-    "fp16": (lambda w: ["--mixed_precision=fp16"], "--mixed_precision fp16 is refused"),
+    "fp16": (lambda w: ["--mixed_precision=fp16"], "--mixed_precision fp16 is not supported"),
     "component missing": (lambda w: shutil.rmtree(w / "model" / "vae") or [], "model has no vae/config.json"),
     "weights missing": (
         lambda w: (w / "model" / "vae" / "diffusion_pytorch_model.safetensors").unlink() or [],
@@ -1170,110 +1173,95 @@ MISTAKES = {
     "no model": (lambda w: ["--pretrained_model_name_or_path=/no/such"], "/no/such does not exist"),
     "model cut off": (
         lambda w: os.truncate(w / "model" / "vae" / "diffusion_pytorch_model.safetensors", 5000) or [],
-        "vae/diffusion_pytorch_model.safetensors is damaged or was not downloaded to its end",
+        "vae/diffusion_pytorch_model.safetensors is damaged or not fully downloaded",
     ),
     "model's settings damaged": (
         lambda w: (w / "model" / "vae" / "config.json").write_text("{") and [],
-        "model/vae/config.json is damaged",
+        "model/vae/config.json cannot be read as JSON",
     ),
     "no tokenizer": (lambda w: (w / "model" / "tokenizer" / "tokenizer.json").unlink() or [], "has no tokenizer.json"),
     "checkpoint of diffusers": (
-        lambda w: (w / "out" / "checkpoint-500").mkdir(parents=True) or [],
-        "--output_dir out holds checkpoint-500, which this program did not write",
+        lambda w: (w / "out" / "checkpoint-500").mkdir(parents=True)
+        or (w / "out" / "checkpoint-500" / "pytorch_lora_weights.safetensors").write_text("x")
+        and (w / "out" / "checkpoint-500" / "optimizer.bin").write_text("x") and [],
+        "--output_dir out contains checkpoint-500, which this script did not write",
+    ),
+    "checkpoint of an earlier version": (
+        lambda w: (w / "out" / "checkpoint-500").mkdir(parents=True)
+        or (w / "out" / "checkpoint-500" / "manifest.json").write_text("{}")
+        and ["--resume_from_checkpoint=latest"],
+        "out/checkpoint-500 was saved by an earlier version of this script; finish that run with the earlier version",
     ),
     "output lost its checkpoints": (
         lambda w: (w / "out").mkdir()
         or (w / "out" / "pytorch_lora_weights.safetensors").write_text("x")
         and (w / "out" / "config.json").write_text('{"environment": {}}')
         and ["--resume_from_checkpoint=latest"],
-        "--output_dir out holds another run",
+        "--output_dir out contains another run",
     ),
-    "output among class pictures still to be made": (
+    "output among class images still to be made": (
         lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=out", "--output_dir=out"],
-        "--output_dir lies in --class_data_dir",
+        "--output_dir is inside --class_data_dir",
     ),
-    "class pictures around the instance pictures": (
+    "class images around the instance images": (
         lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=."],
-        "--instance_data_dir lies in --class_data_dir",
+        "--instance_data_dir is inside --class_data_dir",
     ),
-    "demo in a file": (lambda w: (w / "out").write_text("x") and ["--demo"], "--output_dir out: out is a file"),
-    "demo of nothing": (lambda w: ["--demo", "--instance_data_dir=cats"], "--instance_data_dir cats does not exist"),
     "empty name": (lambda w: ["--output_dir="], "--output_dir is empty"),
-    "endless rate": (lambda w: ["--learning_rate=inf"], "--learning_rate does not take inf"),
-    "output is a file": (lambda w: (w / "out").write_text("x") and [], "--output_dir out: out is a file"),
+    "endless rate": (lambda w: ["--learning_rate=inf"], "--learning_rate does not accept inf"),
+    "output is a file": (lambda w: (w / "out").write_text("x") and [], "--output_dir out: out is not a folder"),
     "output holds others' files": (
         lambda w: (w / "out").mkdir() or (w / "out" / "README.md").write_text("x") and [],
-        "--output_dir out holds README.md, which this program did not write",
+        "--output_dir out contains README.md, which this script did not write",
     ),
     "output holds a run": (
         lambda w: (w / "out" / "checkpoint-2").mkdir(parents=True)
-        or (w / "out" / "checkpoint-2" / "state.json").write_text("{}") and [],
-        "holds another run; continue it with --resume_from_checkpoint latest",
+        or (w / "out" / "checkpoint-2" / "state.safetensors").write_text("{}") and [],
+        "contains another run; resume it with --resume_from_checkpoint latest",
     ),
     "output holds the steps of a run without a checkpoint": (
         lambda w: (w / "out").mkdir()
         or (w / "out" / "config.json").write_text('{"environment": {}}')
         and (w / "out" / "metrics.jsonl").write_text('{"step": 1}\n') and [],
-        "holds another run; continue it with --resume_from_checkpoint latest",
-    ),
-    "a folder under the name of a file": (
-        lambda w: (w / "out" / "metrics.jsonl").mkdir(parents=True)
-        or (w / "out" / "config.json").write_text('{"environment": {}}') and [],
-        "--output_dir out holds metrics.jsonl, which is no file",
+        "contains another run; resume it with --resume_from_checkpoint latest",
     ),
     "output is a link to nothing": (
-        lambda w: (w / "out").symlink_to("nowhere") or [], "--output_dir out: out is a file"
+        lambda w: (w / "out").symlink_to("nowhere") or [], "--output_dir out: out is not a folder"
     ),
-    "a fifo under the name of a file": (
-        lambda w: (w / "out").mkdir() or os.mkfifo(w / "out" / "config.json") or [],
-        "--output_dir out holds config.json, which is no file",
-    ),
-    "logs in a checkpoint": (lambda w: ["--logging_dir=checkpoint-5/a"], "checkpoint-5/a is a name that the run"),
-    "logs in what is set aside": (lambda w: ["--logging_dir=./superseded-checkpoint-5-a"], "is a name that the run"),
-    "logs under the name of a file": (lambda w: ["--logging_dir=README.md"], "README.md is a name that the run"),
-    "logs among the pictures": (
-        lambda w: [f"--logging_dir={w / 'dog' / 'logs'}"], "--logging_dir lies in --instance_data_dir"
+    "logs among the images": (
+        lambda w: [f"--logging_dir={w / 'dog' / 'logs'}"], "--logging_dir is inside --instance_data_dir"
     ),
     "two attention backends": (
         lambda w: ["--enable_npu_flash_attention", "--attention_backend=flash"],
         "--enable_npu_flash_attention contradicts --attention_backend flash",
     ),
-    "output among the pictures": (
+    "output among the images": (
         lambda w: ["--output_dir=dog/out"],
-        "--output_dir lies in --instance_data_dir",
+        "--output_dir is inside --instance_data_dir",
     ),
-    "classes among the pictures": (
+    "classes among the images": (
         lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=dog"],
-        "--class_data_dir lies in --instance_data_dir",
+        "--class_data_dir is inside --instance_data_dir",
     ),
     "overwriting what is continued": (
         lambda w: ["--overwrite_output_dir", "--resume_from_checkpoint=latest"],
-        "give one of the two",
+        "give only one of them",
     ),
     "no bitsandbytes file": (
         lambda w: ["--bnb_quantization_config_path=nf4.json"], "--bnb_quantization_config_path nf4.json cannot be read"
     ),
     "no bits": (
         lambda w: (w / "b.json").write_text("{}") and ["--bnb_quantization_config_path=b.json"],
-        "b.json must set load_in_4bit or load_in_8bit to true, one of the two",
-    ),
-    "unknown key for bitsandbytes": (
-        lambda w: (w / "b.json").write_text('{"load_in_4bits": true}') and ["--bnb_quantization_config_path=b.json"],
-        "b.json: load_in_4bits is not known; there are load_in_4bit, ",
-    ),
-    "bad value for bitsandbytes": (
-        lambda w: (w / "b.json").write_text('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf5"}')
-        and ["--bnb_quantization_config_path=b.json"],
-        "b.json: bnb_4bit_quant_type does not take 'nf5'",
+        "b.json must set exactly one of load_in_4bit and load_in_8bit to true",
     ),
     "list for bitsandbytes": (
         lambda w: (w / "b.json").write_text("[]") and ["--bnb_quantization_config_path=b.json"],
-        "b.json must hold one JSON object",
+        "b.json must contain one JSON object",
     ),
     "no such variant": (
-        lambda w: ["--variant=bf16"], "model/text_encoder has no weights of --variant bf16; it has model.safetensors"
+        lambda w: ["--variant=bf16"], "model/text_encoder has no weights of --variant bf16, only model.safetensors"
     ),
-    "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "dog is damaged or no checkpoint"),
+    "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "dog is damaged or not a checkpoint of this script"),
     "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
     "no prompt": (lambda w: ["--config=c.json"] if (w / "c.json").write_text('{"instance_prompt": 3}') else [], None),
 }  # fmt: skip
@@ -1294,7 +1282,7 @@ def test_mistakes_are_answered_in_a_sentence_before_torch(mistake, workplace, mo
     prompt = [] if mistake == "no prompt" else ["--instance_prompt=p"]
     done = run_script(*flags, *prompt, *more, cwd=workplace, without_torch=True, tmp_path=workplace)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert (words or "--instance_prompt does not take 3") in done.stderr
+    assert (words or "--instance_prompt does not accept 3") in done.stderr
     assert {path: t for path in workplace.rglob("*") if (t := path.lstat().st_mtime_ns) and path in before} == before
 
 
@@ -1330,34 +1318,34 @@ def test_what_only_one_process_suffers_is_not_silent(make_config, monkeypatch, c
         ({}, {"FSDP_VERSION": "1"}, "only fsdp_version: 2 is supported"),
         ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "only fsdp_offload_params: false"),
         ({}, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "only fsdp_cpu_ram_efficient_loading: false"),
-        ({"lora_dropout": 0.1}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--lora_dropout would be drawn anew"),
-        ({"quantization": "int8"}, {}, "--quantization cannot be sharded by FSDP"),
-        ({"do_fp8_training": True}, {}, "--do_fp8_training cannot be sharded by FSDP"),
-        ({"bnb_quantization_config_path": "nf4.json"}, {}, "--bnb_quantization_config_path cannot be sharded"),
-        ({"use_8bit_adam": True}, {}, "--use_8bit_adam cannot be sharded by FSDP"),
-        ({"optimizer": "prodigy", "use_8bit_adam": True}, {}, "--optimizer prodigy cannot be sharded by FSDP"),
+        ({"lora_dropout": 0.1}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--lora_dropout would be sampled again"),
+        ({"quantization": "int8"}, {}, "FSDP cannot shard --quantization"),
+        ({"do_fp8_training": True}, {}, "FSDP cannot shard --do_fp8_training"),
+        ({"bnb_quantization_config_path": "nf4.json"}, {}, "FSDP cannot shard --bnb_quantization_config_path"),
+        ({"use_8bit_adam": True}, {}, "FSDP cannot shard --use_8bit_adam"),
+        ({"optimizer": "prodigy", "use_8bit_adam": True}, {}, "FSDP cannot shard --optimizer prodigy"),
     ],
 )
 def test_what_fsdp_cannot_do_is_refused(changes, env, words, make_config, monkeypatch):
     for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | env).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as refusal:
-        z.check_inputs(make_config(**changes))
+        z.make_plan(make_config(**changes))
     assert words in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_USE_REGIONAL_COMPILATION"])
 def test_what_else_accelerate_offers_is_refused(name, make_config, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_{name}", "true")
-    with pytest.raises(UserError, match=f"{name} does not work here; multi-GPU, FSDP and dynamo do"):
-        z.check_inputs(make_config())
+    with pytest.raises(UserError, match=f"{name} is not supported; multi-GPU, FSDP, and dynamo are"):
+        z.make_plan(make_config())
 
 
 def test_fp16_from_accelerates_configuration(workplace, model):
     flags = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p"]
     env = {"ACCELERATE_MIXED_PRECISION": "fp16"}
     done = run_script(*flags, cwd=workplace, env=env, without_torch=True, tmp_path=workplace)
-    assert done.returncode == 2 and "accelerate's configuration: fp16 is refused" in done.stderr
+    assert done.returncode == 2 and "accelerate configuration: fp16 is not supported" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -1413,15 +1401,19 @@ def test_a_component_that_cannot_be_loaded_gets_a_sentence(make_config, model, t
         run(make_config(**changes))
 
 
-def test_large_files_of_the_hubs_cache_are_known_by_their_names(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    blob = tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()
-    blob.write_bytes(b"weights")
-    (tmp_path / "model.safetensors").symlink_to(blob)
-    assert z.file_digest(tmp_path / "model.safetensors", tmp_path / "memo") == blob.name
-    assert not (tmp_path / "memo").exists(), "nothing was read"
-    copy = shutil.copy(blob, tmp_path / "copy.safetensors")
-    assert z.file_digest(Path(copy), tmp_path / "memo") == blob.name
+def test_large_files_are_identified_by_slices(tmp_path):
+    """Small files completely; large ones by 4 KiB of every 4 MiB, so that no weight matrix of a block is missed."""
+    for size, start, is_seen in ((2**24 - 1, 5000, True), (2**25, 2**22 + 17, True), (2**25, 5000, False)):
+        content = bytearray(size)
+        (tmp_path / "a").write_bytes(content)
+        content[start] = 1
+        (tmp_path / "b").write_bytes(content)
+        assert (z.fingerprint(tmp_path / "a") != z.fingerprint(tmp_path / "b")) == is_seen
+    (tmp_path / "b").write_bytes(bytes(2**25 + 1))
+    assert z.fingerprint(tmp_path / "a") != z.fingerprint(tmp_path / "b"), "the size counts"
+    with torch.device("meta"):
+        block = z.ZImageTransformer2DModel(n_layers=1, n_refiner_layers=1).layers[0]
+    assert min(p.numel() * 2 for p in block.parameters() if p.dim() == 2) > 2**22, "bytes in bf16, at full size"
 
 
 def test_a_missing_shard_is_named(model, tmp_path):
@@ -1430,6 +1422,11 @@ def test_a_missing_shard_is_named(model, tmp_path):
     (tmp_path / "m" / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="text_encoder lacks model-00001-of-00002.safetensors, model-00002"):
         z.check_components(tmp_path / "m", None)
+    shutil.copy(tmp_path / "m/text_encoder/model.safetensors", tmp_path / "m/text_encoder/model.bf16.safetensors")
+    for component in ("vae", "transformer"):
+        file = tmp_path / "m" / component / "diffusion_pytorch_model.safetensors"
+        shutil.copy(file, file.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    z.check_components(tmp_path / "m", "bf16")  # has no use for the other variant's shards
 
 
 # =====================================================================================================================
@@ -1439,16 +1436,16 @@ def test_a_missing_shard_is_named(model, tmp_path):
 
 def encodings_of(cfg, model):
     """Identify the encodings of a config."""
-    return z.identify_encodings(cfg, Path(model), Accelerator(cpu=True))
+    return z.Encodings(cfg, Path(model), z.identify(Path(model), cfg.variant))
 
 
 @pytest.mark.parametrize("prompt", ["a photo of sks dog", "一只sks狗在桶里的照片", "", "x" * 900])
 def test_prompts_are_encoded_as_the_pipeline_does(prompt, model, capsys):
     pipe = ZImagePipeline.from_pretrained(model)
     expected = pipe.encode_prompt(prompt, device=CPU, do_classifier_free_guidance=False)[0][0]
-    encoded = z.encode_prompt(z.load_text_encoder(model, FP32, CPU), prompt, 512)
+    encoded = z.encode_prompt(*z.load_text_encoder(model, FP32), prompt, 512)
     assert encoded.shape == expected.shape and torch.allclose(encoded, expected, atol=1e-6)
-    assert ("cut off: 'xx" in capsys.readouterr().out) == (prompt == "x" * 900)
+    assert ("truncated: 'xx" in capsys.readouterr().out) == (prompt == "x" * 900)
 
 
 def test_text_encoder_saved_as_a_language_model_loads_too(model, tmp_path):
@@ -1460,13 +1457,13 @@ def test_text_encoder_saved_as_a_language_model_loads_too(model, tmp_path):
     language_model.model.load_state_dict(Qwen3Model.from_pretrained(model / "text_encoder").state_dict())
     language_model.save_pretrained(tmp_path / "m" / "text_encoder")
     embeddings = [
-        z.encode_prompt(z.load_text_encoder(folder, FP32, CPU), "dog", 512) for folder in (model, tmp_path / "m")
+        z.encode_prompt(*z.load_text_encoder(folder, FP32), "dog", 512) for folder in (model, tmp_path / "m")
     ]
     assert torch.equal(*embeddings)
 
 
 def test_images_are_encoded_to_the_scaled_mode(model):
-    vae = z.load_vae(model, FP32, CPU)
+    vae = z.load_vae(model, FP32)
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     latents = z.encode_images(vae, pixels, CPU)
     assert latents.shape == (2, 16, 4, 6) and latents.dtype == torch.float32
@@ -1480,23 +1477,23 @@ def test_pixels_are_cropped_and_mirrored(tmp_path):
     wide.paste(RED, (0, 0, 32, 32))
     wide.save(tmp_path / "x.png")
     s = z.Sample(tmp_path / "x.png", (32, 96), (32, 32), "p", False, False)
-    left = z.load_pixels(s, z.Augmentation(False, (0.0, 0.5)))
+    left = z.load_pixels(s, False, (0.0, 0.5))
     assert left.min() == -1 and left[0].min() == 1 and left.shape == (3, 32, 32)
-    assert z.load_pixels(s, z.Augmentation(False, (1.0, 0.5))).max() == -1
-    half = z.load_pixels(s, z.Augmentation(False, (0.25, 0.5)))
-    assert torch.equal(z.load_pixels(s, z.Augmentation(True, (0.25, 0.5))), half.flip(-1))
+    assert z.load_pixels(s, False, (1.0, 0.5)).max() == -1
+    half = z.load_pixels(s, False, (0.25, 0.5))
+    assert torch.equal(z.load_pixels(s, True, (0.25, 0.5)), half.flip(-1))
 
 
 def test_augmentation_is_a_function_of_seed_and_number(make_config):
-    def drawn(**changes):
+    def sampled(**changes):
         cfg = make_config(cache_latents=False, **changes)
-        return [z.draw_augmentation(cfg, n) for n in range(200)]
+        return [z.sample_augmentation(cfg, n) for n in range(200)]
 
-    plain, flipped = drawn(), drawn(random_flip=True)
-    assert not any(a.is_flipped for a in plain) and 70 < sum(a.is_flipped for a in flipped) < 130
-    assert [a.centering for a in plain] == [a.centering for a in flipped] and len(set(plain)) == 200
-    assert drawn(random_flip=True) == flipped != drawn(random_flip=True, seed=1)
-    assert {a.centering for a in drawn(center_crop=True)} == {(0.5, 0.5)}
+    plain, flipped = sampled(), sampled(random_flip=True)
+    assert not any(a[0] for a in plain) and 70 < sum(a[0] for a in flipped) < 130
+    assert [a[1] for a in plain] == [a[1] for a in flipped] and len(set(plain)) == 200
+    assert sampled(random_flip=True) == flipped != sampled(random_flip=True, seed=1)
+    assert {a[1] for a in sampled(center_crop=True)} == {(0.5, 0.5)}
 
 
 def test_a_second_run_encodes_nothing_and_says_so(make_config, tmp_path, capsys, monkeypatch):
@@ -1525,47 +1522,48 @@ def test_every_prompt_is_encoded_once_and_no_negative_without_guidance(guidance,
     assert set((tmp_path / "fresh" / "z-image-encodings" / "prompts").iterdir()) == expected
 
 
-def test_a_process_encodes_its_share_whatever_others_have_done(make_config, model, tmp_path, monkeypatch, pictures):
+def test_a_process_encodes_its_share_whatever_others_have_done(make_config, model, tmp_path, monkeypatch, images):
     """The second of two processes, when the first, or another run, has encoded some prompts in the meantime."""
     cfg, prompts = make_config(cache_dir=str(tmp_path / "fresh")), ["a", "b", "c", "d"]
-    accelerator, encodings = Accelerator(cpu=True), encodings_of(cfg, model)
-    z.fill_prompts_cache(["a"], encodings, cfg, accelerator)
+    encodings = (Accelerator(cpu=True), encodings_of(cfg, model))[1]
+    z.fill_prompts_cache(["a"], encodings)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(Accelerator, "local_process_index", 1)
-    z.fill_prompts_cache(prompts, encodings, cfg, accelerator)
+    monkeypatch.setitem(PartialState._shared_state, "local_process_index", 1)
+    z.fill_prompts_cache(prompts, encodings)
     assert [prompt for prompt in prompts if encodings.prompt(prompt).exists()] == ["a", "b", "d"]
-    samples = z.plan_samples(cfg, pictures)
-    z.fill_latents_cache(samples, encodings, cfg, accelerator)
+    samples = z.plan_samples(cfg)
+    z.fill_latents_cache(samples, encodings)
     assert [encodings.latents(sample, False).exists() for sample in samples] == [False, True, False, True, False]
 
 
-def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make_config, model, pictures):
+def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make_config, model, images):
     cfg = make_config(random_flip=True)
-    accelerator, encodings = Accelerator(cpu=True), encodings_of(cfg, model)
-    samples = z.plan_samples(cfg, pictures)
-    z.fill_prompts_cache([samples[0].prompt], encodings, cfg, accelerator)
-    z.fill_latents_cache(samples[:1], encodings, cfg, accelerator)
-    examples = z.TrainingExamples(samples, encodings, cfg)
-    vae = z.load_vae(model, FP32, CPU)
+    encodings, samples = (Accelerator(cpu=True), encodings_of(cfg, model))[1], z.plan_samples(cfg)
+    z.fill_prompts_cache([samples[0].prompt], encodings)
+    z.fill_latents_cache(samples[:1], encodings)
+    examples = z.TrainingExamples(samples, encodings)
+    vae = z.load_vae(model, FP32)
     for number in range(12):
-        is_flipped = z.draw_augmentation(cfg, number).is_flipped
-        pixels = z.load_pixels(samples[0], z.Augmentation(is_flipped, z.CENTRE))
-        assert torch.allclose(examples[z.Draw(number, 0)].image, z.encode_images(vae, pixels[None], CPU)[0], atol=1e-5)
-    assert len({z.draw_augmentation(cfg, number).is_flipped for number in range(12)}) == 2
-    assert len({examples[z.Draw(number, 0)].seed for number in range(12)}) == 12
+        is_flipped, _ = z.sample_augmentation(cfg, number)
+        pixels = z.load_pixels(samples[0], is_flipped)
+        assert torch.allclose(
+            examples[z.Example(number, 0)].latents[0], z.encode_images(vae, pixels[None], CPU)[0], atol=1e-5
+        )
+    assert len({z.sample_augmentation(cfg, number)[0] for number in range(12)}) == 2
+    assert len({examples[z.Example(number, 0)].seeds[0] for number in range(12)}) == 12
 
 
 def test_batches_can_cross_to_worker_processes(make_config, model):
     """Nothing of the loader is a closure: it pickles, as workers on Windows and macOS need."""
     cfg = make_config()
-    examples = z.TrainingExamples([sample(0)], encodings_of(cfg, model), cfg)
+    examples = z.TrainingExamples([sample(0)], encodings_of(cfg, model))
     assert pickle.loads(pickle.dumps((examples, z.collate)))[1] is z.collate
 
 
-def test_changed_ingredients_miss_the_cache(make_config, model, pictures, tmp_path):
+def test_changed_ingredients_miss_the_cache(make_config, model, images, tmp_path):
     def files(folder=model, **changes):
         cfg = make_config(**changes)
-        encodings, s = encodings_of(cfg, folder), z.plan_samples(cfg, pictures)[0]
+        encodings, s = encodings_of(cfg, folder), z.plan_samples(cfg)[0]
         return {encodings.prompt(s.prompt), encodings.latents(s, False), encodings.latents(s, True)}
 
     seen = files()
@@ -1574,9 +1572,9 @@ def test_changed_ingredients_miss_the_cache(make_config, model, pictures, tmp_pa
     assert [len(new) for new in prompts] == [1, 1]
     assert len(files(mixed_precision="bf16") - seen) == 3
     assert len(files(resolution=48) - seen) == 2
-    changed = Image.open(pictures / "0.png")
+    changed = Image.open(images / "0.png")
     changed.putpixel((5, 5), (1, 2, 3))
-    changed.save(pictures / "0.png")
+    changed.save(images / "0.png")
     assert len(files() - seen) == 2
     other = shutil.copytree(model, tmp_path / "other")
     weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
@@ -1592,8 +1590,6 @@ def test_damaged_cache_files_are_made_again(make_config, tmp_path):
     run(cfg)
     good = lora_bytes(cfg)
     files = [*(tmp_path / "fresh").rglob("*.safetensors")]
-    for memo in (tmp_path / "fresh").rglob("digests/*"):
-        memo.write_bytes(memo.read_bytes()[:-7])
     damages = {
         "cut": lambda content: content[:-7],
         "one bit": lambda content: content[:-7] + bytes([content[-7] ^ 1]) + content[-6:],
@@ -1626,10 +1622,10 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 def test_equal_tensors_give_equal_files(tmp_path):
     metadata = {f"key {n}": str(n) for n in range(20)}
     for name in "ab":
-        z.write_file(tmp_path / name, z.tensors_bytes({"x": torch.arange(6.0).view(2, 3)[:, 1:]}, metadata))
+        z.write_tensors(tmp_path / name, {"x": torch.arange(6.0).view(2, 3)[:, 1:]}, metadata)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "a", "pt") as file:
-        assert file.metadata() == metadata and file.get_tensor("x").tolist() == [[1, 2], [4, 5]]
+        assert metadata.items() < file.metadata().items() and file.get_tensor("x").tolist() == [[1, 2], [4, 5]]
 
 
 def test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise(workplace, model):
@@ -1640,8 +1636,8 @@ def test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise(wor
         shutil.copytree(model, repository / "snapshots" / f"of-{branch}")
         (repository / "refs" / branch).write_text(f"of-{branch}")
     run = """import sys; from train_dreambooth_lora_z_image import *
-cfg = parse_config(sys.argv[1:]); print(find_model(cfg, make_accelerator(cfg)))
-print(find_model(dataclasses.replace(cfg, revision="newer"), make_accelerator(cfg)))
+cfg = parse_config(sys.argv[1:]); make_accelerator(cfg); print(find_model(cfg))
+print(find_model(dataclasses.replace(cfg, revision="newer")))
 run_or_exit(main, dataclasses.replace(cfg, pretrained_model_name_or_path="org/gone"))"""
     flags = [
         "--pretrained_model_name_or_path=org/tiny",
@@ -1653,7 +1649,7 @@ run_or_exit(main, dataclasses.replace(cfg, pretrained_model_name_or_path="org/go
     done = subprocess.run([sys.executable, "-c", run, *flags], cwd=workplace, env=env, capture_output=True, text=True)
     assert [Path(line).name for line in done.stdout.splitlines()[:2]] == ["of-main", "of-newer"], done.stderr
     assert done.returncode == 2
-    assert "--pretrained_model_name_or_path org/gone is no folder here and cannot be" in done.stderr
+    assert "--pretrained_model_name_or_path org/gone is not a local folder and cannot be" in done.stderr
 
 
 def test_variant(model, make_config, tmp_path, capsys):
@@ -1706,7 +1702,7 @@ def test_a_weight_that_is_missing_is_named_and_never_random(component, quantizat
 
 
 def test_other_files_beside_the_weights_are_not_read(model, make_config, tmp_path):
-    """A backup is no shard: quantised or not, the run is the same as without it."""
+    """A backup is not a shard: quantized or not, the run is the same as without it."""
     copied = shutil.copytree(model, tmp_path / "m")
     state = load_file(copied / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file({key: value * 0.1 for key, value in state.items()}, copied / "transformer" / "z_my_backup.safetensors")
@@ -1739,7 +1735,9 @@ def places(monkeypatch):
     from transformers import Qwen3Model
 
     seen, place, alive = [], {}, weakref.WeakSet()
-    monkeypatch.setattr(Accelerator, "device", torch.device("cpu", 0))
+    device = torch.device("cpu", 0)
+    gpu = property(lambda self: device, lambda self, _: self.__dict__.__setitem__("device", device))
+    monkeypatch.setattr(PartialState, "device", gpu, raising=False)
 
     def watch(kind, method, what):
         work = getattr(kind, method)
@@ -1790,8 +1788,8 @@ def test_offloaded_encoders_visit_the_device_only_to_work(is_cached, places, mak
 
 
 def test_without_offloading_the_vae_stays_on_the_device(places, make_config, model):
-    vae = z.load_vae(model, make_config(), Accelerator.device)
-    z.encode_images(vae, torch.zeros(1, 3, 32, 32), Accelerator.device)
+    vae = z.load_vae(model, make_config())
+    z.encode_images(vae, torch.zeros(1, 3, 32, 32), torch.device("cpu", 0))
     assert places[0] == ("moves", "cpu:0") and ("encodes", "cpu:0") in places
 
 
@@ -1804,7 +1802,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 def layers_of(model, lora_layers):
     """Resolve `--lora_layers`."""
-    return z.resolve_lora_layers(lora_layers, model)
+    return z.resolve_lora_layers(lora_layers, z.make_empty_transformer(model))
 
 
 def test_lora_layers(model, capsys):
@@ -1825,7 +1823,7 @@ def test_lora_layers(model, capsys):
     }
     assert layers_of(model, "layers.1-1.attention.to_q") == ["layers.1.attention.to_q"]
     assert layers_of(model, "all_final_layer.2-1.linear") == ["all_final_layer.2-1.linear"]
-    with pytest.raises(UserError, match="no linear layer is called layers.2.attention"):
+    with pytest.raises(UserError, match="no linear layer matches layers.2.attention"):
         layers_of(model, "layers.0-999999999999.attention")
     aliased = layers_of(model, "ff.net.0.proj, ff.net.2")
     assert set(aliased) == {f"{b}.feed_forward.w{n}" for b in blocks for n in (1, 2, 3)}
@@ -1835,18 +1833,26 @@ def test_lora_layers(model, capsys):
 def test_unknown_lora_layers_are_refused_before_weights_are_read(model, tmp_path):
     shutil.copytree(model, tmp_path / "m")
     (tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(
-        UserError, match=r"no linear layer is called to_x; there are .*attention.to_q.*feed_forward.w1"
-    ):
+    with pytest.raises(UserError, match=r"no linear layer matches to_x; there are .*attention.to_q.*feed_forward.w1"):
         layers_of(tmp_path / "m", "to_q,to_x")
     with pytest.raises(UserError, match="--lora_layers is empty"):
         layers_of(tmp_path / "m", ",")
 
 
+def make_run(cfg, transformer, optimizer=None, accelerator=None, samples=()):
+    """What training needs, from pieces made by hand."""
+    model, samples = Path(cfg.pretrained_model_name_or_path), list(samples) or [sample(0)]
+    plan = z.Plan(samples, z.make_schedule(cfg, samples), None)
+    encodings = z.Encodings(cfg, model, {})
+    return z.Run(
+        cfg, plan, encodings, accelerator or Accelerator(cpu=True), transformer, optimizer, z.StopRequest(None), 1.0
+    )
+
+
 def with_lora(model, cfg, dtype=torch.float32, b_std=0.0):
     """A transformer with a LoRA, whose B matrices are random if `b_std` is given."""
-    transformer = z.load_transformer(Path(model), cfg, dtype, CPU)
-    parameters = z.add_lora(transformer, layers_of(model, cfg.lora_layers), cfg, cfg.seed)
+    transformer = z.load_transformer(Path(model), cfg, dtype)
+    parameters = z.add_lora(transformer, layers_of(model, cfg.lora_layers), cfg)
     if b_std:
         torch.manual_seed(1)
         for name, parameter in transformer.named_parameters():
@@ -1866,8 +1872,8 @@ def test_lora_is_fp32_seeded_and_alone_trainable(model, make_config):
     assert {p.dtype for p in first.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert all(torch.equal(a, b) for a, b in zip(parameters, others))
     assert not torch.equal(parameters[0], with_lora(model, make_config(seed=1))[1][0])
-    frozen, trained = z.describe_lora(first, layers_of(model, make_config().lora_layers), make_config(lora_alpha=2.0))
-    assert "28 layers, rank 4, effective scale alpha / rank = 0.5" in trained and "GB of frozen weights" in frozen
+    line = z.describe_lora(first, layers_of(model, make_config().lora_layers), make_config(lora_alpha=2.0))
+    assert "28 layers, rank 4, effective scale alpha / rank = 0.5, over 0.00118 GB of frozen weights" in line
 
 
 def make_batch(size=2, side=4, is_prior=False, length=9):
@@ -1878,6 +1884,7 @@ def make_batch(size=2, side=4, is_prior=False, length=9):
         latents=torch.randn(size, 16, side, side + 2, generator=generator),
         prompt_embeds=[torch.randn(length + 20 * n, 32, generator=generator) for n in range(size)],
         is_prior=torch.full((size,), is_prior),
+        names=[f"{number}.png" for number in range(size)],
     )
 
 
@@ -1900,7 +1907,7 @@ def test_gradient_checkpointing_gives_equal_gradients(model, make_config):
 
 
 # =====================================================================================================================
-# Quantised weights
+# Quantized weights
 # =====================================================================================================================
 
 STORAGES = {  # settings, and the most that the blocks' linear layers may take of what they take in bf16
@@ -1911,27 +1918,48 @@ STORAGES = {  # settings, and the most that the blocks' linear layers may take o
 }
 
 
+@pytest.fixture(autouse=True)
+def _bitsandbytes_on_cpu(request):
+    """`--quantization nf4` is diffusers' and bitsandbytes', which diffusers refuses without a GPU."""
+    if "without_a_gpu" not in request.node.name:
+        request.getfixturevalue("bitsandbytes_on_cpu")
+
+
 def frozen_layers(transformer):
-    """The quantised layers by name."""
+    """The quantized layers by name."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, z.FrozenLinear)}
+
+
+def stored_tensors(layer):
+    """What a quantized weight consists of."""
+    return (
+        (layer.weight.qdata, layer.weight.scale)
+        if hasattr(layer.weight, "qdata")
+        else (layer.weight.data, layer.weight.quant_state.absmax)
+    )
+
+
+def restored(layer):
+    """A quantized weight as its product uses it."""
+    return z.dequantize(layer.weight)
 
 
 @pytest.mark.parametrize("name", STORAGES)
 def test_linear_layers_of_the_blocks_are_stored_small(name, model, make_config):
     changes, share = STORAGES[name]
-    small = z.load_transformer(model, make_config(**changes), torch.bfloat16, CPU)
-    plain = dict(z.load_transformer(model, FP32, torch.bfloat16, CPU).named_parameters())
+    small = z.load_transformer(model, make_config(**changes), torch.bfloat16)
+    plain = dict(z.load_transformer(model, FP32, torch.bfloat16).named_parameters())
     layers, inside = frozen_layers(small), re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\..*")
     linear = [n for n, p in plain.items() if n.endswith("weight") and p.dim() == 2 and inside.fullmatch(n)]
     assert sorted(f"{n}.weight" for n in layers) == sorted(linear)
-    stored = sum(p.numel() * p.element_size() for m in layers.values() for p in (m.weight, m.scale))
+    stored = sum(p.numel() * p.element_size() for m in layers.values() for p in stored_tensors(m))
     assert stored <= share * sum(2 * plain[n].numel() for n in linear)
     assert not any(p.requires_grad or p.is_meta for p in small.parameters()) and small.dtype == torch.bfloat16
     for n, parameter in small.named_parameters():
         if n in plain and n not in linear:
             assert torch.equal(parameter, plain[n]), n
     for n, layer in layers.items():
-        weight = z.restore(layer.weight, layer.scale, layer.form)
+        weight = restored(layer)
         error = (weight.float() - plain[f"{n}.weight"].float()).abs().mean() / plain[
             f"{n}.weight"
         ].float().abs().mean()
@@ -1939,13 +1967,11 @@ def test_linear_layers_of_the_blocks_are_stored_small(name, model, make_config):
 
 
 @pytest.mark.parametrize("name", STORAGES)
-def test_gradients_of_quantised_layers(name, model, make_config):
+def test_gradients_of_quantized_layers(name, model, make_config):
     """Exact for stored weights, up to fp8's rounding for fp8 products; with checkpointing the same."""
     changes, _ = STORAGES[name]
-    layer = frozen_layers(z.load_transformer(model, make_config(**changes), torch.float32, CPU))[
-        "layers.0.attention.to_q"
-    ]
-    weight = z.restore(layer.weight, layer.scale, layer.form)
+    layer = frozen_layers(z.load_transformer(model, make_config(**changes), torch.float32))["layers.0.attention.to_q"]
+    weight = restored(layer)
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     product = layer(x)
     product.backward(torch.cos(product.detach()), retain_graph=True)
@@ -1963,7 +1989,7 @@ def test_fp8_training_multiplies_in_fp8_where_the_hardware_can(model, make_confi
     multiplied = []
     product = z.multiply_fp8
     monkeypatch.setattr(z, "multiply_fp8", lambda *args: multiplied.append(args[0].dtype) or product(*args))
-    layers = frozen_layers(z.load_transformer(model, make_config(do_fp8_training=True), torch.bfloat16, CPU))
+    layers = frozen_layers(z.load_transformer(model, make_config(do_fp8_training=True), torch.bfloat16))
     for name, layer in layers.items():
         multiplied.clear()
         x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
@@ -1976,9 +2002,11 @@ def test_fp8_training_multiplies_in_fp8_where_the_hardware_can(model, make_confi
 def saved_bytes(transformer, cfg):
     """Bytes that one forward pass keeps for the backward pass, beside the parameters."""
     kept = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in transformer.parameters() if not hasattr(p, "qdata")}
 
     def keep(tensor):
+        if hasattr(tensor, "qdata"):
+            return tensor  # a parameter as it is stored
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
@@ -1999,43 +2027,47 @@ def test_the_backward_pass_keeps_no_more_than_in_bf16(name, model, make_config):
 
 @pytest.mark.parametrize("name", STORAGES)
 def test_the_model_never_exists_whole_in_its_own_precision(name, model, make_config, monkeypatch):
-    alive, most = weakref.WeakSet(), []
-    compress = z.compress
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+    from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer
 
-    def watched(weight, storage):
-        alive.add(weight)
-        most.append(len(alive))
-        return compress(weight, storage)
+    most = []
+    for kind in (BnB4BitDiffusersQuantizer, TorchAoHfQuantizer):
+        create = kind.create_quantized_param
 
-    monkeypatch.setattr(z, "compress", watched)
-    z.load_transformer(model, make_config(**STORAGES[name][0]), torch.bfloat16, CPU)
-    assert len(most) > 20 and max(most) == 1
+        def watched(self, transformer, *args, create=create, **options):
+            create(self, transformer, *args, **options)
+            plain = [p for n, p in transformer.named_parameters() if "layers" in n and p.dim() == 2 and not p.is_meta]
+            most.append(sum(type(p) is nn.Parameter for p in plain))
+
+        monkeypatch.setattr(kind, "create_quantized_param", watched)
+    z.load_transformer(model, make_config(**STORAGES[name][0]), torch.bfloat16)
+    assert len(most) > 20 and max(most) == 0
 
 
-def test_a_quantised_model_is_read_from_shards_and_its_gaps_are_named(model, make_config, tmp_path):
+def test_a_quantized_model_is_read_from_shards_and_its_gaps_are_named(model, make_config, tmp_path):
     from diffusers import ZImageTransformer2DModel
 
-    whole = z.load_transformer(model, make_config(quantization="int8"), torch.bfloat16, CPU)
+    whole = z.load_transformer(model, make_config(quantization="int8"), torch.bfloat16)
     shutil.copytree(model, tmp_path / "m")
     folder = tmp_path / "m" / "transformer"
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     ZImageTransformer2DModel.from_pretrained(model / "transformer").save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
-    sharded = z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters()))
+    sharded = z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16)
+    pairs = zip(frozen_layers(whole).values(), frozen_layers(sharded).values())
+    assert all(torch.equal(restored(a), restored(b)) for a, b in pairs)
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     tensors = load_file(first)
-    for strange in ({**tensors, "extra.weight": torch.ones(2)}, {name: torch.ones(3) for name in tensors}):
-        save_file(strange, first)
-        with pytest.raises(UserError, match=r"safetensors: \S+ does not fit the model's config.json; download"):
-            z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
-    save_file(tensors, first)
+    save_file({name: torch.ones(3) for name in tensors}, first, {"format": "pt"})
+    with pytest.raises(UserError, match=r"transformer cannot be loaded: "):
+        z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16)
+    save_file(tensors, first, {"format": "pt"})
     second.unlink()
-    with pytest.raises(UserError, match="transformer has no weights for .*; download it again"):
-        z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16, CPU)
+    with pytest.raises(UserError, match="transformer cannot be loaded|transformer has no weights for"):
+        z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16)
 
 
-def test_quantised_runs_lose_nothing(make_config, tmp_path):
+def test_quantized_runs_lose_nothing(make_config, tmp_path):
     """After 20 steps the loss is within 3 % of that in bf16."""
     ends = {}
     for name, (changes, _) in {"bf16": ({}, 1), **STORAGES}.items():
@@ -2049,16 +2081,17 @@ def test_quantised_runs_lose_nothing(make_config, tmp_path):
 
 
 def test_fp8_training_is_refused_below_compute_capability_8_9(model, make_config, monkeypatch):
-    cuda, ones = torch.device("cuda"), torch.ones
+    cuda, ones, empty = torch.device("cuda"), torch.ones, z.make_empty_transformer(model)
+    monkeypatch.setattr(PartialState, "device", property(lambda self: cuda, lambda self, _: None), raising=False)
     monkeypatch.setattr(
         torch, "ones", lambda *size, device=None, **options: ones(*size, **options)
     )  # no such GPU here
     for capability, is_refused in (((8, 6), True), ((8, 9), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        refusal = pytest.raises(UserError, match="--do_fp8_training needs a GPU of compute capability 8.9")
+        refusal = pytest.raises(UserError, match="--do_fp8_training needs a GPU with compute capability 8.9")
         with refusal if is_refused else contextlib.nullcontext():
-            z.check_hardware(make_config(do_fp8_training=True), model, cuda)
-        z.check_hardware(make_config(quantization="fp8"), model, cuda)
+            z.check_hardware(make_config(do_fp8_training=True), empty)
+        z.check_hardware(make_config(quantization="fp8"), empty)
 
 
 @pytest.fixture
@@ -2080,9 +2113,9 @@ def test_the_readmes_bitsandbytes_files(bits, precision, model, make_config, tmp
     file.write_text(block_with(f"load_in_{bits}bit", JSONS))
     cfg = make_config(bnb_quantization_config_path=str(file), mixed_precision=precision)
     dtype = z.DTYPES[precision]
-    layer = z.load_transformer(model, cfg, dtype, CPU).layers[0].attention.to_q
-    assert isinstance(layer, bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt)
-    assert bits == 8 or (layer.compute_dtype == dtype and layer.weight.quant_state.nested)
+    layer = z.load_transformer(model, cfg, dtype).layers[0].attention.to_q
+    assert isinstance(layer, z.FrozenLinear if bits == 4 else bitsandbytes.nn.Linear8bitLt)
+    assert bits == 8 or (z.dequantize(layer.weight).dtype == dtype and layer.weight.quant_state.nested)
     run(cfg)
     run(dataclasses.replace(cfg, output_dir=str(tmp_path / "plain"), bnb_quantization_config_path=None))
     assert losses_of(cfg)[-1] == pytest.approx(
@@ -2093,8 +2126,17 @@ def test_the_readmes_bitsandbytes_files(bits, precision, model, make_config, tmp
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_bitsandbytes_without_a_gpu_gets_a_sentence(make_config, model, tmp_path):
     (tmp_path / "bnb.json").write_text(JSONS[0])
-    with pytest.raises(UserError, match="--bnb_quantization_config_path: No GPU found.*--quantization nf4 or int8"):
-        z.check_hardware(make_config(bnb_quantization_config_path=str(tmp_path / "bnb.json")), model, CPU)
+    (tmp_path / "odd.json").write_text('{"load_in_4bit": true, "double": true}')
+    with pytest.raises(
+        UserError, match="odd.json: unknown settings double; BitsAndBytesConfig has load_in_8bit, load_in_4bit, "
+    ):
+        z.check_hardware(
+            make_config(bnb_quantization_config_path=str(tmp_path / "odd.json")), z.make_empty_transformer(model)
+        )
+    with pytest.raises(UserError, match="cannot be quantized here: No GPU found.*--quantization int8 and fp8"):
+        z.check_hardware(
+            make_config(bnb_quantization_config_path=str(tmp_path / "bnb.json")), z.make_empty_transformer(model)
+        )
 
 
 def test_8_bit_adam_that_cannot_step_gets_a_sentence(make_config, model, monkeypatch):
@@ -2104,13 +2146,13 @@ def test_8_bit_adam_that_cannot_step_gets_a_sentence(make_config, model, monkeyp
         raise NotImplementedError("no kernel")
 
     cfg = make_config(use_8bit_adam=True)
-    z.check_hardware(cfg, model, CPU)
+    z.check_hardware(cfg, z.make_empty_transformer(model))
     monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", fail)
     with pytest.raises(
-        UserError, match="--use_8bit_adam: bitsandbytes cannot do it on this machine: no kernel; leave"
+        UserError, match="--use_8bit_adam: bitsandbytes does not support it on this machine: no kernel; leave"
     ):
-        z.check_hardware(cfg, model, CPU)
-    z.check_hardware(make_config(**PRODIGY, use_8bit_adam=True), model, CPU)
+        z.check_hardware(cfg, z.make_empty_transformer(model))
+    z.check_hardware(make_config(**PRODIGY, use_8bit_adam=True), z.make_empty_transformer(model))
 
 
 def test_8_bit_adam_keeps_its_state_in_8_bits(make_config):
@@ -2125,13 +2167,17 @@ def test_attention_backends(make_config, model):
     assert make_config(attention_backend="_native_math").attention == "_native_math"
     assert make_config(enable_npu_flash_attention=True).attention == "_native_npu"
     for name in ("_native_math", "native"):  # the second run does not keep what the first one set for the process
-        transformer = z.load_transformer(model, make_config(attention_backend=name), torch.float32, CPU)
+        transformer = z.load_transformer(model, make_config(attention_backend=name), torch.float32)
         backends = {m.processor._attention_backend.value for m in transformer.modules() if hasattr(m, "processor")}
         assert backends == {name}
     with pytest.raises(UserError, match="--attention_backend fast: `backend='fast'` must be one of the following"):
-        z.check_hardware(make_config(attention_backend="fast"), model, CPU)
-    with pytest.raises(UserError, match="--attention_backend flex: .*it cannot be trained with here; leave it out"):
-        z.check_hardware(make_config(attention_backend="flex"), model, CPU)  # has no backward pass on a CPU
+        z.check_hardware(make_config(attention_backend="fast"), z.make_empty_transformer(model))
+    with pytest.raises(
+        UserError, match="--attention_backend flex: .*it cannot be used for training here; leave it out"
+    ):
+        z.check_hardware(
+            make_config(attention_backend="flex"), z.make_empty_transformer(model)
+        )  # has no backward pass on a CPU
 
 
 def test_an_attention_without_gradient_is_refused(make_config, model, monkeypatch):
@@ -2139,7 +2185,7 @@ def test_an_attention_without_gradient_is_refused(make_config, model, monkeypatc
     attend = z.dispatch_attention_fn
     monkeypatch.setattr(z, "dispatch_attention_fn", lambda *inputs: attend(*inputs).detach())
     with pytest.raises(UserError, match="--attention_backend native: .*does not require grad"):
-        z.check_hardware(make_config(), model, CPU)
+        z.check_hardware(make_config(), z.make_empty_transformer(model))
 
 
 # =====================================================================================================================
@@ -2177,7 +2223,7 @@ def test_velocity_and_euler_steps_agree_with_the_pipeline(steps, model):
     pipe = ZImagePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
-    embeddings = z.encode_prompt(z.load_text_encoder(model, FP32, CPU), "dog", 512)
+    embeddings = z.encode_prompt(*z.load_text_encoder(model, FP32), "dog", 512)
     options = {"height": 32, "width": 48, "num_inference_steps": steps, "guidance_scale": 0.0, "output_type": "latent"}
     expected = pipe(prompt_embeds=[embeddings], latents=latents.clone(), **options).images
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
@@ -2192,7 +2238,7 @@ def test_velocity_and_euler_steps_agree_with_the_pipeline(steps, model):
     assert torch.allclose(latents, expected, atol=1e-5)
 
 
-def test_captions_must_match_pictures():
+def test_captions_must_match_images():
     with pytest.raises(AssertionError, match="zip"):
         z.predict_velocity(
             Oracle(torch.zeros(2, 16, 4, 6)), torch.zeros(2, 16, 4, 6), torch.zeros(2), [torch.zeros(3, 32)]
@@ -2226,7 +2272,9 @@ def test_shift_is_the_schedulers(model, make_config, tmp_path):
     assert z.read_timestep_shift(make_config(timestep_shift="scheduler"), model) == 6.0
     assert z.read_timestep_shift(make_config(timestep_shift="2.5"), model) == 2.5
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "m" / "scheduler")
-    with pytest.raises(UserError, match="--timestep_shift scheduler: this checkpoint shifts by picture size"):
+    with pytest.raises(
+        UserError, match="--timestep_shift scheduler: the shift of this model depends on the image size"
+    ):
         z.read_timestep_shift(make_config(timestep_shift="scheduler"), tmp_path / "m")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     plain = torch.linspace(1, 1 / 1000, 1000)
@@ -2245,7 +2293,7 @@ def test_the_smallest_noise_level_keeps_weights_finite(make_config):
     assert sigmas.min() >= 1e-3 and z.loss_weights("sigma_sqrt", sigmas).isfinite().all()
 
 
-def test_class_pictures_count_by_their_weight(make_config):
+def test_class_images_count_by_their_weight(make_config):
     batch = make_batch(3)
     oracle = Oracle(torch.zeros_like(batch.latents))
 
@@ -2283,10 +2331,9 @@ def test_only_the_lora_moves_and_all_of_it(model, make_config, tmp_path):
             mixed_precision="bf16", learning_rate=1e-4, checkpointing_steps=1, max_train_steps=3, adam_weight_decay=0
         )
     )
-    first, last = (load_file(tmp_path / "out" / f"checkpoint-{n}" / "lora.safetensors") for n in (1, 3))
+    first, last = (load_file(tmp_path / "out" / f"checkpoint-{n}" / "state.safetensors") for n in (1, 3))
     assert {t.dtype for t in last.values()} == {torch.float32}
-    optimizer = load_file(tmp_path / "out" / "checkpoint-3" / "optimizer.safetensors")
-    assert {t.dtype for t in optimizer.values()} == {torch.float32}
+    first = {name: tensor for name, tensor in first.items() if name.startswith("lora/")}
     moved = torch.cat([(first[n] != last[n]).flatten() for n in first if "lora_A" in n])
     assert moved.float().mean() > 0.99
 
@@ -2309,9 +2356,9 @@ TOY = HERE.parent / "shared" / "toy" / "toy-z-image"
 
 
 @pytest.mark.skipif(not TOY.is_dir(), reason="needs the toy model beside the repository, in ../shared/toy")
-def test_a_model_that_draws_learns_the_subject(make_config, tmp_path):
-    """Real weights, real pictures: sixty steps nearly halve the loss, and the pictures change towards the subject."""
-    z.make_demo_pictures(tmp_path / "badge")
+def test_a_trained_model_learns_the_subject(make_config, tmp_path):
+    """Real weights, real images: sixty steps nearly halve the loss, and the images change towards the subject."""
+    z.make_demo_images(tmp_path / "badge")
     cfg = make_config(
         pretrained_model_name_or_path=str(TOY), instance_data_dir=str(tmp_path / "badge"), resolution=64, rank=16,
         instance_prompt="a sks badge", max_train_steps=60, train_batch_size=4, learning_rate=2e-3,
@@ -2366,7 +2413,7 @@ def test_a_checkpoint_elsewhere_continues_in_a_folder_of_its_own(make_config, tm
     cfg = make_config(max_train_steps=4, checkpointing_steps=2)
     run(cfg)
     elsewhere = shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "elsewhere" / "mine")
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="contains another run"):
         run(dataclasses.replace(cfg, resume_from_checkpoint=str(elsewhere)))
     new = dataclasses.replace(cfg, resume_from_checkpoint=str(elsewhere), output_dir=str(tmp_path / "new"))
     run(new)
@@ -2380,26 +2427,27 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def sign(folder):
-    """Make the manifest fit the files, as a stranger can."""
-    manifest = {name: z.file_entry((folder / name).read_bytes()) for name in z.CHECKPOINT_FILES}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def sign(folder, state):
+    """Seal a checkpoint with another state, as a stranger can."""
+    z.write_tensors(folder / "state.safetensors", load_file(folder / "state.safetensors"), {"state": state})
+
+
+def change_header(folder):
+    """Change one letter of what a checkpoint says about itself."""
+    file = folder / "state.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"adamw", b"adamv"))
 
 
 DAMAGES = {
-    "lora, one bit": lambda folder: flip_a_bit(folder / "lora.safetensors"),
-    "optimizer, one bit": lambda folder: flip_a_bit(folder / "optimizer.safetensors"),
-    "state, one bit": lambda folder: flip_a_bit(folder / "state.json"),
-    "manifest, one bit": lambda folder: flip_a_bit(folder / "manifest.json"),
-    "lora, cut": lambda folder: os.truncate(folder / "lora.safetensors", 900),
-    "optimizer, gone": lambda folder: (folder / "optimizer.safetensors").unlink(),
-    "state, gone": lambda folder: (folder / "state.json").unlink(),
-    "manifest, gone": lambda folder: (folder / "manifest.json").unlink(),
+    "one bit": lambda folder: flip_a_bit(folder / "state.safetensors"),
+    "one letter of the header": change_header,
+    "cut": lambda folder: os.truncate(folder / "state.safetensors", 900),
+    "empty": lambda folder: os.truncate(folder / "state.safetensors", 0),
     "another one's number": lambda folder: shutil.copytree(
         folder.with_name("checkpoint-2"), folder, dirs_exist_ok=True
     ),
-    "endless steps": lambda folder: (folder / "state.json").write_text('{"step": Infinity}') and sign(folder),
-    "no steps": lambda folder: (folder / "state.json").write_text("[]") and sign(folder),
+    "endless steps": lambda folder: sign(folder, '{"step": Infinity}'),
+    "no steps": lambda folder: sign(folder, "[]"),
 }
 
 
@@ -2412,11 +2460,73 @@ def test_a_damaged_checkpoint_is_skipped_named_and_never_deleted(make_config, tm
         remains = {path.name: path.read_bytes() for path in (out / "checkpoint-3").iterdir()}
         run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
         printed = capsys.readouterr().out
-        assert "continuing from" in printed and "checkpoint-2, after step 2" in printed, name
+        assert "resuming from" in printed and "checkpoint-2, after step 2" in printed, name
         aside = re.search(r"checkpoint-3 is damaged; it is now called (\S+)", printed)[1]
         assert {path.name: path.read_bytes() for path in (out / aside).iterdir()} == remains, name
         assert (lora_bytes(cfg), losses_of(cfg)) == expected, name
     assert len(list(out.glob("superseded-checkpoint-3-*"))) == len(DAMAGES)
+
+
+def test_a_checkpoint_without_its_state_is_none(make_config, tmp_path, capsys):
+    """What a run leaves that was killed while it wrote or removed a checkpoint: the LoRA alone, or half of it."""
+    cfg = make_config(max_train_steps=3, checkpointing_steps=1)
+    run(cfg)
+    out, expected = tmp_path / "out", (lora_bytes(cfg), losses_of(cfg))
+    (out / "checkpoint-3" / "state.safetensors").unlink()
+    flip_a_bit(out / "checkpoint-3" / "pytorch_lora_weights.safetensors")
+    (out / "checkpoint-3" / f".z-image-{'ab' * 16}.tmp").write_bytes(b"half")
+    (out / "checkpoint-4").mkdir()
+    run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
+    assert "checkpoint-2, after step 2" in capsys.readouterr().out and (lora_bytes(cfg), losses_of(cfg)) == expected
+    files = {path.name for path in (out / "checkpoint-3").iterdir()}
+    assert files == {"pytorch_lora_weights.safetensors", "state.safetensors"} and z.read_checkpoint(
+        out / "checkpoint-3"
+    )
+    assert z.read_sealed(out / "checkpoint-3" / "pytorch_lora_weights.safetensors") is not None
+
+
+def test_no_folder_is_renamed(make_config, tmp_path, monkeypatch, capsys):
+    """Bucket mounts rename files only: checkpoints are written, removed, and set aside all the same."""
+    replace = os.replace
+
+    def refuse_folders(source, target):
+        assert not os.path.isdir(source), "a folder was renamed"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_folders)
+    monkeypatch.setattr(os, "rename", refuse_folders)
+    cfg = make_config(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=3)
+    run(cfg)
+    run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-2", max_train_steps=3))
+    assert "checkpoint-4 is superseded; it is now called superseded-checkpoint-4" in capsys.readouterr().out
+    run(dataclasses.replace(cfg, overwrite_output_dir=True, max_train_steps=1))
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("alpha", [4.0, 2.0, 12.0])
+def test_every_checkpoint_is_a_lora_to_use(alpha, make_config, model, tmp_path):
+    """diffusers loads the folder of a checkpoint and applies the LoRA of that step at its strength, alpha / rank."""
+    run(make_config(lora_alpha=alpha, max_train_steps=3, checkpointing_steps=1, learning_rate=0.1))
+    options = {"prompt": "a photo of sks dog", "height": 32, "width": 32, "num_inference_steps": 2}
+    seen = set()
+    for step in (1, 2, 3):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        live, _ = with_lora(model, make_config(lora_alpha=alpha))
+        state = load_file(folder / "state.safetensors")
+        z.load_lora(live, {n.removeprefix("lora/"): t for n, t in state.items() if n.startswith("lora/")})
+        images = []
+        for transformer in (live, None):
+            pipe = ZImagePipeline.from_pretrained(model)
+            pipe.set_progress_bar_config(disable=True)
+            if transformer is None:
+                pipe.load_lora_weights(folder)
+            else:
+                pipe.transformer = transformer.eval()
+            generator = torch.Generator().manual_seed(0)
+            images.append(pipe(**options, generator=generator, output_type="pt").images)
+        assert (images[0] - images[1]).abs().max() < 1e-4
+        seen.add(round(images[0].double().sum().item(), 4))
+    assert len(seen) == 3, "another step is another LoRA"
 
 
 def test_rotation_keeps_damaged_checkpoints_and_comes_after_the_new_one_is_verified(
@@ -2424,30 +2534,34 @@ def test_rotation_keeps_damaged_checkpoints_and_comes_after_the_new_one_is_verif
 ):
     cfg = make_config(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     run(cfg)
-    flip_a_bit(tmp_path / "out" / "checkpoint-3" / "state.json")
+    flip_a_bit(tmp_path / "out" / "checkpoint-3" / "state.safetensors")
     again = dataclasses.replace(cfg, resume_from_checkpoint="latest")
     run(dataclasses.replace(again, max_train_steps=6))
     names = [path.name for path in z.list_checkpoints(tmp_path / "out")]
     assert names == ["checkpoint-3", "checkpoint-5", "checkpoint-6"]
-    monkeypatch.setattr(z, "put_in_place", lambda source, to, put=z.put_in_place: (put(source, to), spoil(to)))
-    with pytest.raises(OSError, match="checkpoint-7 cannot be read back as it was written; check the disk"):
-        run(dataclasses.replace(again, max_train_steps=7))
-    assert (tmp_path / "out" / "checkpoint-5").is_dir() and (tmp_path / "out" / "checkpoint-6").is_dir()
+    write, newest = z.write_file, tmp_path / "out" / "checkpoint-7"
+    for spoiled in ("state.safetensors", "pytorch_lora_weights.safetensors"):
 
+        def lose(path, content, place=newest / spoiled):
+            """Play a disk that loses what it was given."""
+            write(path, content)
+            if path == place:
+                flip_a_bit(path)
 
-def spoil(path):
-    """Play a disk that loses what it was given."""
-    if path.name == "checkpoint-7":
-        flip_a_bit(path / "lora.safetensors")
+        monkeypatch.setattr(z, "write_file", lose)
+        with pytest.raises(OSError, match="checkpoint-7 cannot be read back as it was written; check the disk"):
+            run(dataclasses.replace(again, max_train_steps=7))
+        assert {"checkpoint-5", "checkpoint-6"} < {path.name for path in z.list_checkpoints(tmp_path / "out")}
+        shutil.rmtree(newest)
 
 
 def test_damaged_checkpoints_alone_are_refused_and_nothing_touched(make_config, tmp_path):
     cfg = make_config()
     run(cfg)
-    flip_a_bit(tmp_path / "out" / "checkpoint-2" / "lora.safetensors")
+    flip_a_bit(tmp_path / "out" / "checkpoint-2" / "state.safetensors")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
     for name in ("latest", "checkpoint-2"):
-        with pytest.raises(UserError, match=f"--resume_from_checkpoint {name}: .*checkpoint-2 is damaged or no"):
+        with pytest.raises(UserError, match=f"--resume_from_checkpoint {name}: .*checkpoint-2 is damaged or not"):
             run(dataclasses.replace(cfg, resume_from_checkpoint=name, max_train_steps=3))
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()} == before
 
@@ -2456,24 +2570,23 @@ def test_the_optimizers_settings_are_those_of_the_resumed_run(make_config, tmp_p
     cfg = make_config(optimizer="prodigy", learning_rate=1.0)
     run(cfg)
     run(dataclasses.replace(cfg, adam_weight_decay=0.5, max_train_steps=3, resume_from_checkpoint="latest"))
-    groups = [
-        json.loads((tmp_path / "out" / f"checkpoint-{n}" / "state.json").read_text())["param_groups"][0]
-        for n in (2, 3)
-    ]
-    assert [group["weight_decay"] for group in groups] == [1e-4, 0.5] and [group["k"] for group in groups] == [2, 3]
+    groups = [z.read_checkpoint(path).state["group"] for path in z.list_checkpoints(tmp_path / "out")]
+    assert [group["k"] for group in groups] == [2, 3] and not any("weight_decay" in group for group in groups)
 
 
 def test_latest_without_a_checkpoint_starts_afresh(make_config, capsys, tmp_path):
     (tmp_path / "out" / "checkpoint-foo").mkdir(parents=True)
-    (tmp_path / "out" / f".checkpoint-2.{'ab' * 16}.tmp").mkdir()  # of a run that was killed while saving
+    (tmp_path / "out" / "checkpoint-2").mkdir()
+    (tmp_path / "out" / "checkpoint-2" / f".z-image-{'ba' * 16}.tmp").write_bytes(b"half")  # and in this one
+    (tmp_path / "out" / f".z-image-{'ab' * 16}.tmp").write_bytes(b"half")  # of a run that was killed while saving
     (tmp_path / "out" / "validation" / "step-000000").mkdir(parents=True)
-    (tmp_path / "out" / "validation" / "step-000000" / f".{'cd' * 16}.tmp").write_bytes(b"half")
+    (tmp_path / "out" / "validation" / "step-000000" / f".z-image-{'cd' * 16}.tmp").write_bytes(b"half")
     (tmp_path / "out" / "validation" / "step-000000" / ".mine.tmp").write_bytes(b"not of this program")
     (tmp_path / "out" / "another run").mkdir()
-    (tmp_path / "out" / "another run" / f".{'ef' * 16}.tmp").write_bytes(b"being written")
+    (tmp_path / "out" / "another run" / f".z-image-{'ef' * 16}.tmp").write_bytes(b"being written")
     run(make_config(resume_from_checkpoint="latest"))
-    assert "starting afresh" in capsys.readouterr().out and len(metrics_of(make_config())) == 2
-    assert {path.name for path in (tmp_path / "out").rglob(".*.tmp")} == {".mine.tmp", f".{'ef' * 16}.tmp"}
+    assert "starting from scratch" in capsys.readouterr().out and len(metrics_of(make_config())) == 2
+    assert {path.name for path in (tmp_path / "out").rglob(".*.tmp")} == {".mine.tmp", f".z-image-{'ef' * 16}.tmp"}
 
 
 def test_resuming_with_what_cannot_fit_is_refused_before_anything_is_touched(make_config, tmp_path):
@@ -2481,11 +2594,11 @@ def test_resuming_with_what_cannot_fit_is_refused_before_anything_is_touched(mak
     run(cfg)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
     changes = {
-        r"--rank 8 \(was 4\); --lora_alpha 8 \(was 4\). Give the same again$": {"rank": 8, "resume_anyway": True},
+        r"--rank 8 \(was 4\); --lora_alpha 8 \(was 4\). Restore them$": {"rank": 8, "resume_anyway": True},
         r"--lora_layers to_q \(was to_q,to_k": {"lora_layers": "to_q", "resume_anyway": True},
         r"--optimizer prodigy \(was adamw\)": {"optimizer": "prodigy", "resume_anyway": True},
         r"--use_8bit_adam True \(was False\)": {"use_8bit_adam": True, "resume_anyway": True},
-        "the checkpoint has done 3 steps already; give --max_train_steps at least that": {"max_train_steps": 2},
+        "the checkpoint is at step 3 already; --max_train_steps must be at least that": {"max_train_steps": 2},
     }
     for words, change in changes.items():
         with pytest.raises(UserError, match=words):
@@ -2505,11 +2618,11 @@ def test_checkpoints_are_whole_rotated_and_without_pickles(make_config, tmp_path
     cfg = make_config(max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=2)
     run(cfg)
     assert [path.name for path in z.list_checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-5"]
-    files = {path.name for path in (tmp_path / "out" / "checkpoint-5").iterdir()}
-    assert files == {"lora.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
-    manifest = json.loads((tmp_path / "out" / "checkpoint-5" / "manifest.json").read_text())
-    lora = (tmp_path / "out" / "checkpoint-5" / "lora.safetensors").read_bytes()
-    assert manifest["lora.safetensors"] == {"bytes": len(lora), "sha256": hashlib.sha256(lora).hexdigest()}
+    folder = tmp_path / "out" / "checkpoint-5"
+    assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "state.safetensors"}
+    kinds = {key.split("/")[0] for key in load_file(folder / "state.safetensors")}
+    assert kinds == {"lora", "exp_avg", "exp_avg_sq", "step"}
+    assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == lora_bytes(cfg), "the last one is the result"
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix == ".tmp"]
 
 
@@ -2533,7 +2646,7 @@ def test_a_broken_lora_is_not_saved(make_config, model):
     transformer, parameters = with_lora(model, cfg)
     parameters[3].data[0, 0] = math.inf
     with pytest.raises(FloatingPointError, match="--learning_rate"):
-        z.save_artefacts(Accelerator(cpu=True), cfg, transformer)
+        z.finish_lora(make_run(cfg, transformer))
     assert not Path(cfg.output_dir).exists()
 
 
@@ -2541,7 +2654,7 @@ def test_processes_that_do_not_see_each_other_are_refused(make_config, monkeypat
     monkeypatch.setenv(
         "WORLD_SIZE", "2"
     )  # as with FSDP and use_cpu: true, for which accelerate starts two runs of one
-    with pytest.raises(UserError, match="accelerate's configuration: 2 processes were started, it sees 1"):
+    with pytest.raises(UserError, match="accelerate configuration: 2 processes were started, but it sees 1"):
         z.make_accelerator(make_config())
 
 
@@ -2556,9 +2669,8 @@ def test_one_step_can_be_taken_by_hand(model, make_config):
     accelerator = z.make_accelerator(cfg)
     transformer, parameters = with_lora(model, cfg)
     transformer, optimizer = accelerator.prepare(transformer, z.make_optimizer(parameters, cfg))
-    schedule = z.make_schedule(cfg, [sample(0)], 1, 1.0)
     batches = itertools.repeat(make_batch())
-    metrics = next(z.train(cfg, accelerator, transformer, optimizer, batches, [sample(0)], schedule))
+    metrics = next(z.train(make_run(cfg, transformer, optimizer, accelerator), batches))
     assert list(metrics) == ["step", "loss", "grad_norm", "lr", "seconds"]
     assert metrics["step"] == 1 and metrics["loss"] > 0
 
@@ -2570,7 +2682,7 @@ RULES = {"lr_step_rules": "1:3,0.1:6,0.01"}
 def test_every_schedule_of_diffusers(name, make_config):
     rules = RULES if name == "piecewise_constant" else {}
     cfg = make_config(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=12, lr_num_cycles=2, lr_power=2.0, **rules)
-    rate = z.make_learning_rate(cfg, z.make_schedule(cfg, [sample(0)], 4, 1.0))
+    rate = z.make_learning_rate(cfg, z.make_schedule(cfg, [sample(0)], 4))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.learning_rate)
     scheduler = get_scheduler(
         name,
@@ -2591,8 +2703,6 @@ def test_the_learning_rate_follows_the_optimizer_step(make_config, tmp_path):
     cfg = make_config(lr_scheduler="linear", max_train_steps=4, gradient_accumulation_steps=2)
     run(cfg)
     assert [row["lr"] for row in metrics_of(cfg)] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
-    state = json.loads((tmp_path / "out" / "checkpoint-4" / "state.json").read_text())
-    assert state["param_groups"][0]["lr"] == pytest.approx(0.25e-2)
 
 
 def test_metrics_have_one_line_per_optimizer_step(make_config, tmp_path):
@@ -2656,7 +2766,7 @@ def launch_configs(tmp_path, configs, envs=None, **env):
 
 
 def test_two_processes_follow_the_curve_of_one(make_config, tmp_path):
-    """2 x batch 2 = 1 x batch 4, in three buckets, class pictures generated in shares, pictures drawn in shares."""
+    """2 x batch 2 = 1 x batch 4, in three buckets, class images and validation images generated in shares."""
     for number, size in enumerate([(96, 48), (48, 96), (90, 90), (60, 60)]):
         draw(tmp_path / "shapes" / f"{number}.png", size, (40 * number, 90, 20))
         (tmp_path / "shapes" / f"{number}.txt").write_text(f"caption {number} {'long ' * 9 * number}")
@@ -2709,9 +2819,7 @@ def test_fsdp_as_the_readme_says(make_config, model, workplace):
     assert first.returncode == 0, first.stderr[-3000:]
     assert "FSDP's own activation checkpointing is used instead" in first.stdout
     rest = accelerate_launch(workplace, FSDP_YAML, *whole, "--resume_from_checkpoint=latest")
-    assert rest.returncode == 0 and "continuing from two/checkpoint-2, after step 2" in rest.stdout, rest.stderr[
-        -3000:
-    ]
+    assert rest.returncode == 0 and "resuming from two/checkpoint-2, after step 2" in rest.stdout, rest.stderr[-3000:]
     one = run_script(*common, "--output_dir=one", "--max_train_steps=4", "--train_batch_size=2", cwd=workplace)
     assert one.returncode == 0, one.stderr[-3000:]
     transformer, _ = with_lora(model, make_config())
@@ -2741,7 +2849,7 @@ def test_compiled_by_accelerates_configuration(workplace, model):
     assert list((workplace / "inductor").rglob("*.py")), "nothing was compiled"
     flags = [*common, "--output_dir=c", "--max_train_steps=2", "--resume_from_checkpoint=latest"]
     rest = accelerate_launch(workplace, INDUCTOR, *flags, env=env)
-    assert rest.returncode == 0 and "continuing from c/checkpoint-1" in rest.stdout, rest.stderr[-3000:]
+    assert rest.returncode == 0 and "resuming from c/checkpoint-1" in rest.stdout, rest.stderr[-3000:]
     plain = run_script(*common, "--output_dir=plain", "--max_train_steps=2", cwd=workplace)
     assert plain.returncode == 0
     files = [load_file(workplace / name / "pytorch_lora_weights.safetensors") for name in ("plain", "c")]
@@ -2802,7 +2910,7 @@ ALONE = [name for name in TECHNIQUES if name not in ("DDP", "FSDP")]
 @pytest.mark.parametrize(("first", "second"), [*itertools.combinations(ALONE, 2)])
 def test_pairs_of_techniques(first, second, make_config, tmp_path, monkeypatch, capsys, bitsandbytes_on_cpu):
     if verdict(first, second) == "refused":
-        with pytest.raises(UserError, match="are formats for the same weights; give one of them"):
+        with pytest.raises(UserError, match="set the format of the same weights; give only one of them"):
             together(make_config, tmp_path, first, second)
         return
     cfg = together(make_config, tmp_path, first, second)
@@ -2893,40 +3001,39 @@ def steps_on_disk(output):
 def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(workplace, model):
     """SIGTERM in training and in saving, SIGINT in validation, SIGUSR1 in caching, each by the same command."""
     process = start(workplace, *small_run(model, "--dataloader_num_workers=1"))
-    read_until(process, "step 3: pictures in")
+    read_until(process, "step 3: images in")
     os.killpg(process.pid, signal.SIGTERM)  # the loader's processes hear it, too
     rest = process.communicate(timeout=300)[0]
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 128 + signal.SIGTERM and checkpoints == [rows[-1]] and rows[-1] >= 3
-    assert f"stopped by SIGTERM after step {rows[-1]}, which is saved; continue with the same command and" in rest
+    assert f"stopped by SIGTERM after step {rows[-1]}, which is saved; resume with the same command and" in rest
     assert "Traceback" not in rest
 
     process = start(workplace, *small_run(model, "--validation_steps=1", "--num_inference_steps=100000"))
-    read_until(process, "continuing from")
-    read_until(process, ": drawing 1 pictures")
+    read_until(process, "resuming from")
+    read_until(process, ": generating 1 images")
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=300)[0]
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT after step" in rest
-    assert checkpoints[-1] == rows[-1], "the step whose pictures were being drawn is saved"
+    assert checkpoints[-1] == rows[-1], "the step whose images were being generated is saved"
     assert not (workplace / "out" / "validation" / f"step-{rows[-1]:06d}").exists()
 
     process = start(workplace, *small_run(model, "--checkpointing_steps=1"))
-    while process.poll() is None and not has_happened(workplace, "saving"):
+    while process.poll() is None and len([*(workplace / "out").glob("checkpoint-*")]) == len(checkpoints):
         os.sched_yield()
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=300)[0]
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 128 + signal.SIGTERM and checkpoints[-1] == rows[-1], rest
-    assert not list((workplace / "out").glob(".checkpoint-*"))
+    assert not list((workplace / "out").glob(".z-image-*"))
 
     shutil.rmtree(workplace / "cache")
     process = start(workplace, *small_run(model))
     read_until(process, "encoding p")
     process.send_signal(signal.SIGUSR1)
     rest = process.communicate(timeout=300)[0]
-    assert process.returncode == 128 + signal.SIGUSR1 and "Traceback" not in rest
-    assert "stopped by SIGUSR1; continue with" in rest, "before the training"
+    assert process.returncode == -signal.SIGUSR1 and "Traceback" not in rest, "before the training: at once"
     assert steps_on_disk(workplace / "out")[1][-1] >= rows[-1]
 
 
@@ -2934,11 +3041,10 @@ def test_a_second_ctrl_c_ends_at_once():
     child = os.fork()
     if child == 0:
         with z.StopRequest(None) as stop:
-            stop.is_deferred = True
             os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)  # is no second Ctrl-C
+            os.kill(os.getpid(), signal.SIGTERM)  # not a second Ctrl-C
             os.kill(os.getpid(), signal.SIGTERM)
-            if stop.number == signal.SIGINT:
+            if stop.reason == "SIGINT":
                 os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
@@ -2947,7 +3053,7 @@ def test_a_second_ctrl_c_ends_at_once():
 def test_a_launcher_that_dies_takes_its_process_along(workplace, model):
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
     process = start(workplace, *small_run(model), launcher=launcher)
-    read_until(process, "step 3: pictures in")
+    read_until(process, "step 3: images in")
     process.terminate()
     rest = process.communicate(timeout=300)[0]  # ends when the orphan has closed its side
     rows, checkpoints = steps_on_disk(workplace / "out")
@@ -2957,9 +3063,8 @@ def test_a_launcher_that_dies_takes_its_process_along(workplace, model):
 def test_a_signal_that_comes_while_processes_agree_is_for_the_next_time(monkeypatch):
     """Else this process would stop and wait for others that do not know."""
     stop = z.StopRequest(None)
-    stop.is_deferred = True
-    monkeypatch.setattr(z, "anyone", lambda is_asked: stop.receive(signal.SIGTERM, None) or is_asked)
-    assert [stop.is_agreed(), stop.number, stop.is_agreed()] == [False, signal.SIGTERM, True]
+    monkeypatch.setattr(z, "any_process", lambda is_asked: stop.receive(signal.SIGTERM, None) or is_asked)
+    assert [stop.is_agreed(), stop.reason, stop.is_agreed()] == [False, "SIGTERM", True]
 
 
 def test_one_ranks_signal_is_everybodys(workplace, model):
@@ -2972,7 +3077,7 @@ def test_one_ranks_signal_is_everybodys(workplace, model):
         "--rdzv_endpoint=localhost:0",
     )
     process = start(workplace, *small_run(model), launcher=launcher)
-    read_until(process, "step 3: pictures in")
+    read_until(process, "step 3: images in")
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGUSR1)
@@ -2988,7 +3093,7 @@ def test_the_time_for_training_can_be_limited(make_config, tmp_path):
     assert stop.value.number == signal.SIGTERM
     checkpoints = z.list_checkpoints(tmp_path / "out")
     assert not checkpoints or len(metrics_of(make_config())) == int(checkpoints[-1].name[11:])
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not z.StopRequest(None).number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not z.StopRequest(None).reason
 
 
 def test_checkpoints_by_the_clock(make_config, tmp_path):
@@ -3001,12 +3106,8 @@ def test_batches_end_at_a_signal_and_a_half_accumulated_step_is_dropped(make_con
     accelerator = z.make_accelerator(cfg)
     transformer, parameters = with_lora(model, cfg)
     transformer, optimizer = accelerator.prepare(transformer, z.make_optimizer(parameters, cfg))
-    before, stop = [parameter.clone() for parameter in parameters], z.StopRequest(None)
-    stop.is_deferred = True  # two batches of three come before the end
-    signalled = (stop.receive(signal.SIGTERM, None) or make_batch() for _ in range(3))
-    batches = stop.ends(itertools.chain([make_batch()], signalled))
-    schedule = z.make_schedule(cfg, [sample(0)], 1, 1.0)
-    assert list(z.train(cfg, accelerator, transformer, optimizer, batches, [sample(0)], schedule)) == []
+    before, batches = [parameter.clone() for parameter in parameters], iter([make_batch()] * 2)  # two of three
+    assert list(z.train(make_run(cfg, transformer, optimizer, accelerator), batches)) == []
     assert all(torch.equal(a, b) for a, b in zip(before, parameters))
 
 
@@ -3014,15 +3115,15 @@ def test_batches_end_at_a_signal_and_a_half_accumulated_step_is_dropped(make_con
 EVENTS = {
     "encoding prompts": "cache/*/prompts/*",
     "generating": "classes/class-00001.png",
-    "encoding pictures": "cache/*/latents/*",
+    "encoding images": "cache/*/latents/*",
     "training": "out/metrics.jsonl",
-    "saving": "out/.checkpoint-*.tmp",
+    "saving": "out/checkpoint-*",
     "validating": "out/validation/step-000004/0-0.png",
     "exporting": "out/pytorch_lora_weights.safetensors",
 }
 KILLED = {
     "accumulation, dropout, flips": {"gradient_accumulation_steps": 3, "lora_dropout": 0.2, "random_flip": True},
-    "on the fly, batch 2, warm-up": {
+    "on the fly, batch 2, warmup": {
         "cache_latents": False, "train_batch_size": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 3,
     },
     "Prodigy, bf16": {"optimizer": "prodigy", "learning_rate": 1.0, "mixed_precision": "bf16"},
@@ -3063,8 +3164,8 @@ def kill_when(process, is_time):
 def results(workplace):
     """All that a run has made, but for times."""
     rows = [json.loads(line) for line in (workplace / "out" / "metrics.jsonl").open()]
-    pictures = sorted([*(workplace / "out" / "validation").rglob("*"), *(workplace / "classes").glob("[!.]*")])
-    files = [workplace / "out" / "pytorch_lora_weights.safetensors", *(path for path in pictures if path.is_file())]
+    images = sorted([*(workplace / "out" / "validation").rglob("*"), *(workplace / "classes").glob("[!.]*")])
+    files = [workplace / "out" / "pytorch_lora_weights.safetensors", *(path for path in images if path.is_file())]
     return [row | {"seconds": 0} for row in rows], {path.relative_to(workplace): path.read_bytes() for path in files}
 
 
@@ -3104,7 +3205,7 @@ def test_soak(name, how, workplace, model, capsys):
             read_until(process, " bucket ")  # the imports are over
             until = time.monotonic() + 2 * chance.random()
             hits += ["random"] * kill_when(process, lambda: time.monotonic() > until)
-        elif event != "encoding pictures" or "cache_latents" not in KILLED[name]:
+        elif event != "encoding images" or "cache_latents" not in KILLED[name]:
             assert not has_happened(workplace, event)
             hits += [event] * kill_when(
                 start(workplace, *flags, launcher=launcher), lambda: has_happened(workplace, event)
@@ -3144,11 +3245,11 @@ def test_more_processes_or_fewer_continue_on_the_same_curve(make_config, tmp_pat
 
 CHANGED = {
     "seed": ({"seed": 1}, r"--seed 1 \(was 0\)"),
-    "resolution": ({"resolution": 48}, r"--resolution 48 \(was 32\); pictures: 0.png, 1.png"),
+    "resolution": ({"resolution": 48}, r"--resolution 48 \(was 32\); images: 0.png, 1.png"),
     "alpha": ({"lora_alpha": 2.0}, r"--lora_alpha 2.0 \(was 4\)"),
     "batch": ({"train_batch_size": 2}, r"--train_batch_size x processes 2 \(was 1\)"),
     "accumulation": ({"gradient_accumulation_steps": 2}, r"--gradient_accumulation_steps 2 \(was 1\)"),
-    "prompt": ({"instance_prompt": "other"}, "pictures: 0.png"),
+    "prompt": ({"instance_prompt": "other"}, "images: 0.png"),
     "flips": ({"random_flip": True}, r"--random_flip True \(was False\)"),
     "objective": ({"weighting_scheme": "none"}, r"--weighting_scheme none \(was logit_normal\)"),
     "precision": ({"mixed_precision": "bf16"}, r"--mixed_precision bf16 \(was no\)"),
@@ -3163,13 +3264,13 @@ CHANGED = {
 }
 
 
-def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tmp_path, pictures, model, capsys):
+def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tmp_path, images, model, capsys):
     cfg = make_config(max_train_steps=1)
     run(cfg)
     again = dataclasses.replace(cfg, resume_from_checkpoint="latest", max_train_steps=2)
     for name, (change, words) in CHANGED.items():
         with pytest.raises(
-            UserError, match=f"made with other settings or data: {words}.*or --resume_anyway if the cha"
+            UserError, match=f"saved with other settings or data: {words}.*or add --resume_anyway if the cha"
         ):
             run(dataclasses.replace(again, **change))
         kept = shutil.copytree(tmp_path / "out", tmp_path / name)
@@ -3191,17 +3292,17 @@ def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tm
         run(moved)
     file.write_bytes(original)
     run(moved)
-    draw(pictures / "1.png", color=(1, 2, 3))
-    (pictures / "0.png").unlink()
-    with pytest.raises(UserError, match=r"data: pictures: 0.png, 1.png. Give the same again, or --resume_anyway"):
+    draw(images / "1.png", color=(1, 2, 3))
+    (images / "0.png").unlink()
+    with pytest.raises(UserError, match=r"data: images: 0.png, 1.png. Restore them, or add --resume_anyway"):
         run(dataclasses.replace(again, max_train_steps=4))
 
 
 def test_two_runs_cannot_share_an_output_folder(make_config, tmp_path):
     cfg, out = make_config(), tmp_path / "out"
-    with z.sole_user(out):
+    with z.hold_output(out):
         with pytest.raises(
-            UserError, match=rf"out is in use by process {os.getpid()} on {socket.gethostname()}; wait"
+            UserError, match=rf"out is in use by process {os.getpid()} on {socket.gethostname()}; wait for it"
         ):
             main(cfg)
         assert not (out / "config.json").exists()
@@ -3224,11 +3325,12 @@ from pathlib import Path
 import train_dreambooth_lora_z_image as z
 cfg = z.parse_config(sys.argv[1:])
 accelerator = z.make_accelerator(cfg)
-samples = z.plan_samples(cfg, Path(cfg.instance_data_dir))
-encodings = z.identify_encodings(cfg, Path(cfg.pretrained_model_name_or_path), accelerator)
+samples = z.plan_samples(cfg)
+model = Path(cfg.pretrained_model_name_or_path)
+encodings = z.Encodings(cfg, model, z.identify(model, cfg.variant))
 print("filling", flush=True)
-z.fill_prompts_cache([str(number) for number in range(20)], encodings, cfg, accelerator)
-z.fill_latents_cache(samples, encodings, cfg, accelerator)
+z.fill_prompts_cache([str(number) for number in range(20)], encodings)
+z.fill_latents_cache(samples, encodings)
 """
 
 
@@ -3248,8 +3350,8 @@ def test_four_processes_fill_one_cache_while_one_is_killed(workplace, model):
     for process in processes:
         process.communicate(timeout=300)
     assert [process.returncode for process in processes] == [-signal.SIGKILL, 0, 0, 0]
-    made = [path for path in cache.rglob("*.safetensors")]
-    assert len(made) == 20 + 25 and all(map(z.is_encoding, made))
+    made = list(cache.rglob("*.safetensors"))
+    assert len(made) == 20 + 25 and all(z.read_sealed(path) is not None for path in made)
 
 
 @contextlib.contextmanager
@@ -3273,21 +3375,8 @@ def test_a_file_that_does_not_fit_leaves_nothing(tmp_path):
 def test_metrics_that_cannot_be_written_get_a_sentence(make_config, tmp_path):
     cfg, file = make_config(), tmp_path / "out" / "metrics.jsonl"
     z.write_file(file, b"x" * 4000)
-    schedule = z.make_schedule(cfg, [sample(0)])
     with full_disk(4000), pytest.raises(UserError, match="out/metrics.jsonl cannot be written: .* File too large"):
-        z.log_metrics(Accelerator(cpu=True), cfg, {"step": 1, "loss": 1.0}, schedule)
-
-
-def test_a_folder_that_is_half_removed_has_lost_its_name(tmp_path, monkeypatch):
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "state.json").write_text("{}")
-    monkeypatch.setattr(shutil, "rmtree", lambda folder: os._exit(0))
-    child = os.fork()
-    if child == 0:
-        z.remove_folder(tmp_path / "checkpoint-1")
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not z.list_checkpoints(tmp_path)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"], "its content was still there"
+        z.log_metrics(make_run(cfg, None), {"step": 1, "loss": 1.0})
 
 
 def test_a_full_disk_gets_a_sentence_and_harms_nothing(make_config, tmp_path, capsys):
@@ -3299,7 +3388,7 @@ def test_a_full_disk_gets_a_sentence_and_harms_nothing(make_config, tmp_path, ca
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and re.fullmatch(r"error: \[Errno 27\] File too large: '.*/out/\S+'", printed)
     assert lora_bytes(cfg) == expected and [path.name for path in z.list_checkpoints(out)] == ["checkpoint-2"]
-    assert z.read_checkpoint(out / "checkpoint-2") and not [path for path in out.rglob("*.tmp")]
+    assert z.read_checkpoint(out / "checkpoint-2") and not list(out.rglob("*.tmp"))
     run(dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="latest"))
     assert len(losses_of(cfg)) == 3
 
@@ -3324,12 +3413,12 @@ def test_no_file_of_a_stranger_is_executed(make_config, model, tmp_path):
     stranger = shutil.copytree(model, tmp_path / "m")
     elsewhere = shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "checkpoint-2")
     places = [
-        *([elsewhere / name] for name in z.CHECKPOINT_FILES),
+        *([file] for file in elsewhere.iterdir()),
         *([file] for file in stranger.rglob("*.safetensors")),
         [*stranger.rglob("*.json")],
         [stranger / part / "pytorch_model.bin" for part in ("transformer", "vae", "text_encoder")],
         [path for path in (tmp_path / "cache").rglob("*") if path.is_file()],
-        *([tmp_path / "pictures" / name] for name in ("6.png", "1.txt", "metadata.jsonl")),
+        *([tmp_path / "images" / name] for name in ("6.png", "1.txt", "metadata.jsonl")),
     ]
     changes = {
         "pretrained_model_name_or_path": str(stranger), "resume_from_checkpoint": str(elsewhere), "max_train_steps": 3,
@@ -3338,7 +3427,6 @@ def test_no_file_of_a_stranger_is_executed(make_config, model, tmp_path):
         before = {file: file.read_bytes() for file in files if file.exists()}
         for file in files:
             file.write_bytes(evil)
-        sign(elsewhere)
         with contextlib.suppress(UserError):
             run(dataclasses.replace(cfg, **changes, output_dir=str(tmp_path / f"new-{number}")))
         assert not trace.exists(), files
@@ -3348,7 +3436,7 @@ def test_no_file_of_a_stranger_is_executed(make_config, model, tmp_path):
     (tmp_path / "evil.json").write_bytes(evil)
     for flag in ("--config", "--bnb_quantization_config_path"):
         with pytest.raises((SystemExit, UserError)):
-            z.check_inputs(parse_config([*SMALLEST, f"{flag}={tmp_path / 'evil.json'}"]))
+            z.make_plan(parse_config([*SMALLEST, f"{flag}={tmp_path / 'evil.json'}"]))
     assert not trace.exists()
 
 
@@ -3362,11 +3450,11 @@ ODD_TEXTS = {
 
 
 @pytest.mark.parametrize("name", ODD_TEXTS)
-def test_odd_texts_break_nothing(name, make_config, tmp_path, pictures, capsys):
+def test_odd_texts_break_nothing(name, make_config, tmp_path, images, capsys):
     from huggingface_hub import ModelCard
 
     text = ODD_TEXTS[name]
-    (pictures / "0.txt").write_text(text)
+    (images / "0.txt").write_text(text)
     changes = {"validation_prompt": (text,), "report_to": "tensorboard", "cache_dir": str(tmp_path / "cache")}
     cfg = make_config(instance_prompt=text, max_train_steps=1, **changes)
     before = set(tmp_path.parent.rglob("*"))
@@ -3393,17 +3481,17 @@ def test_tokens_are_never_printed(make_config, capsys, monkeypatch):
     assert "hf_of" not in repr(cfg) and "hf_of" not in json.dumps(z.shareable_settings(cfg))
 
 
-def test_pictures_cannot_be_named_outside_the_data_folder(make_config, pictures, tmp_path):
+def test_images_cannot_be_named_outside_the_data_folder(make_config, images, tmp_path):
     draw(tmp_path / "secret.png")
     for name in ("../secret.png", str(tmp_path / "secret.png")):
-        (pictures / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
-        with pytest.raises(UserError, match="metadata.jsonl, line 1 names .*secret.png, which is no picture there"):
-            z.plan_samples(make_config(), pictures)
+        (images / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+        with pytest.raises(UserError, match="metadata.jsonl, line 1 names .*secret.png, which is not an image there"):
+            z.plan_samples(make_config())
 
 
 def make_nan(file):
     """Make cached latents not a number, in a file that is whole."""
-    z.write_file(file, z.encoding_bytes("latents", torch.full_like(load_file(file)["latents"], math.nan)))
+    z.write_tensors(file, {"latents": torch.full_like(load_file(file)["latents"], math.nan)})
 
 
 def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
@@ -3429,7 +3517,7 @@ def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
         make_nan(file)
     hopeless = dataclasses.replace(cfg, output_dir=str(tmp_path / "hopeless"), max_train_steps=20)
     with pytest.raises(
-        FloatingPointError, match="step 11: .* the run stops, .*; ten steps in a row were skipped already"
+        FloatingPointError, match="step 11: .* training stops, .*; ten steps in a row were skipped already"
     ):
         run(hopeless)
     assert [row["is_skipped"] for row in metrics_of(hopeless)] == [True] * 10
@@ -3452,7 +3540,7 @@ def pixels_of(image):
 
 
 @pytest.mark.parametrize("alpha", [None, 6.0])
-def test_the_file_gives_the_pictures_of_the_final_validation(alpha, make_config, model, tmp_path):
+def test_the_file_gives_the_images_of_the_final_validation(alpha, make_config, model, tmp_path):
     cfg = make_config(
         lora_alpha=alpha, max_train_steps=4, validation_prompt=("a sks dog", "一只狗"), num_validation_images=2,
         guidance_scale=1.5, negative_prompt="blurry", learning_rate=0.05,
@@ -3462,41 +3550,43 @@ def test_the_file_gives_the_pictures_of_the_final_validation(alpha, make_config,
     pipe.set_progress_bar_config(disable=True)
     folder = tmp_path / "out" / "validation" / "step-000004"
 
-    def drawn(prompt, image):
+    def sampled(prompt, image):
         return pipe(
             prompt=cfg.validation_prompt[prompt], negative_prompt="blurry", height=32, width=32, num_inference_steps=2,
             guidance_scale=1.5, generator=torch.Generator().manual_seed(cfg.seed + image),
         ).images[0]  # fmt: skip
 
     baseline = tmp_path / "out" / "validation" / "step-000000" / "0-0.png"
-    assert torch.equal(pixels_of(drawn(0, 0)), pixels_of(Image.open(baseline))), "the baseline is the untrained model"
+    assert torch.equal(pixels_of(sampled(0, 0)), pixels_of(Image.open(baseline))), (
+        "the baseline is the untrained model"
+    )
     pipe.load_lora_weights(tmp_path / "out")
     for prompt, image in itertools.product(range(2), repeat=2):
         difference = (
-            (pixels_of(drawn(prompt, image)) - pixels_of(Image.open(folder / f"{prompt}-{image}.png"))).abs().max()
+            (pixels_of(sampled(prompt, image)) - pixels_of(Image.open(folder / f"{prompt}-{image}.png"))).abs().max()
         )
         assert difference <= (0 if alpha is None else 1)
-    assert not torch.equal(pixels_of(drawn(0, 0)), pixels_of(Image.open(baseline)))
+    assert not torch.equal(pixels_of(sampled(0, 0)), pixels_of(Image.open(baseline)))
     assert Image.open(folder / "sheet.png").size == (64, 64)
 
 
 def test_validation_leaves_the_model_and_the_random_state_alone(make_config, model):
     cfg = make_config(validation_prompt=("a",), lora_dropout=0.5)
     accelerator, encodings = z.make_accelerator(cfg), encodings_of(cfg, model)
-    z.fill_prompts_cache(["a", ""], encodings, cfg, accelerator)
+    z.fill_prompts_cache(["a", ""], encodings)
     transformer, _ = with_lora(model, cfg, b_std=0.5)
     transformer = accelerator.prepare(transformer.train())
     before, addresses = torch.get_rng_state(), {name: p.data_ptr() for name, p in transformer.named_parameters()}
-    pictures = []
+    images = []
     for step in (1, 2):
-        z.validate(cfg, accelerator, transformer, encodings, step, z.StopRequest(None))
-        pictures.append((z.validation_folder(cfg, step) / "0-0.png").read_bytes())
+        z.validate(make_run(cfg, transformer, None, accelerator)._replace(encodings=encodings), step)
+        images.append((z.validation_folder(cfg, step) / "0-0.png").read_bytes())
     assert torch.equal(torch.get_rng_state(), before) and transformer.training
     assert {name: p.data_ptr() for name, p in transformer.named_parameters()} == addresses
-    assert pictures[0] == pictures[1], "dropout must be off while sampling"
+    assert images[0] == images[1], "dropout must be off while sampling"
 
 
-def test_when_pictures_are_drawn(make_config, tmp_path):
+def test_when_images_are_generated(make_config, tmp_path):
     def steps(**changes):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         run(make_config(max_train_steps=4, validation_steps=2, num_inference_steps=1, **changes))
@@ -3508,31 +3598,31 @@ def test_when_pictures_are_drawn(make_config, tmp_path):
     assert steps(final_validation_prompt="a") == ["step-000004"]
 
 
-def test_class_pictures_are_generated_once_and_only_the_missing(make_config, tmp_path, capsys):
+def test_class_images_are_generated_once_and_only_the_missing(make_config, tmp_path, capsys):
     draw(tmp_path / "classes" / "mine.png")
     cfg = make_config(
         with_prior_preservation=True, class_data_dir=str(tmp_path / "classes"), class_prompt="dog", num_class_images=4,
         sample_batch_size=2, max_train_steps=7,
     )  # fmt: skip
     run(cfg)
-    assert "generating class pictures: 100%|██████████| 2/2" in capsys.readouterr().err
+    assert "generating class images: 100%|██████████| 2/2" in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "classes").iterdir())
     assert names == ["class-00000.png", "class-00001.png", "class-00002.png", "mine.png"]
     first = lora_bytes(cfg)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "classes" / "class-00001.png").unlink()
     run(dataclasses.replace(cfg, sample_batch_size=1))
-    assert lora_bytes(cfg) == first, "a class picture depends on its name alone"
+    assert lora_bytes(cfg) == first, "a class image depends on its name alone"
 
 
 # =====================================================================================================================
-# Artefacts
+# Artifacts
 # =====================================================================================================================
 
 
 def apply_like_a_loader_that_knows_alpha_tensors(model, file):
     """Merge a LoRA as ComfyUI's kind of loader does: scale alpha / rank where an .alpha tensor says so, else 1."""
-    transformer, state = z.load_transformer(Path(model), FP32, torch.float32, CPU), load_file(file)
+    transformer, state = z.load_transformer(Path(model), FP32, torch.float32), load_file(file)
     for name in {key.rsplit(".lora_", 1)[0] for key in state}:
         a, b = state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float()
         scale = state[f"{name}.alpha"] / len(a) if f"{name}.alpha" in state else 1
@@ -3547,10 +3637,10 @@ def test_the_file_means_the_same_everywhere(alpha, tolerance, make_config, model
     batch, sigmas = make_batch(), torch.tensor([0.3, 0.8])
     with torch.no_grad():
         expected = z.predict_velocity(live.eval(), batch.latents, sigmas, batch.prompt_embeds)
-    z.save_artefacts(Accelerator(cpu=True), cfg, live)
+    z.finish_lora(make_run(cfg, live))
     file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     pipe = ZImagePipeline.from_pretrained(model)
-    bare = z.load_transformer(model, FP32, torch.float32, CPU)
+    bare = z.load_transformer(model, FP32, torch.float32)
     pipe.load_lora_weights(file.parent)
     others = [pipe.transformer, apply_like_a_loader_that_knows_alpha_tensors(model, file), bare]
     with torch.no_grad():
@@ -3560,12 +3650,12 @@ def test_the_file_means_the_same_everywhere(alpha, tolerance, make_config, model
 
 
 @pytest.mark.parametrize("alpha", [None, 3.0])
-def test_the_last_pictures_use_the_weights_as_the_file_holds_them(alpha, make_config, model):
+def test_the_last_images_use_the_weights_as_the_file_holds_them(alpha, make_config, model):
     cfg = make_config(mixed_precision="bf16", lora_alpha=alpha)
     live, _ = with_lora(model, cfg, torch.bfloat16, b_std=0.3)
-    before = {name: tensor.clone() for name, tensor in z.lora_tensors(live).items()}
-    file = load_file(z.save_artefacts(Accelerator(cpu=True), cfg, live))
-    after = z.lora_tensors(live)
+    before = {name: tensor.clone() for name, tensor in z.lora_parameters(live).items()}
+    file = load_file(z.finish_lora(make_run(cfg, live)))
+    after = z.lora_parameters(live)
     assert any(not torch.equal(before[name], after[name]) for name in before), "rounding to bf16 must show"
     for name, tensor in z.export_lora(after, cfg.lora_scale, torch.float32).items():
         assert torch.allclose(tensor, file[name].float(), rtol=1e-6)
@@ -3597,9 +3687,9 @@ def test_model_card(make_config, tmp_path):
     assert card.data.instance_prompt == 'a "sks" dog: 狗' and card.data.license == "apache-2.0"
     for row in card.data.widget:
         assert (tmp_path / "out" / row["output"]["url"]).is_file() and f"]({row['output']['url']})" in card.text
-    assert len(card.data.widget) == 2 and '"a dog"' in card.text and "| rank | 4 |" in card.text
+    assert len(card.data.widget) == 2 and '"a dog"' in card.text and "rank 4, alpha / rank 1 (folded" in card.text
     assert str(tmp_path) not in card.content
-    assert z.plain("a\n---\n<b>`x`</b> ![y](z) | #1") == "a --- b x /b ! y z 1"
+    assert z.one_line("a\n---\n<b>`x`</b> ![y](z) | #1") == "a --- b x /b ! y z 1"
     ast.parse(re.search(r"```python\n(.*?)```", card.text, re.S)[1])
 
 
@@ -3608,10 +3698,13 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
     for name in ("notes.txt", "validation/mine.png", "validation/step-000000/mine.png", "checkpoint-mine/x"):
         (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / name).write_text("keep")
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="contains another run"):
         run(make_config())
     run(make_config(overwrite_output_dir=True))
-    left = {path.name for path in (tmp_path / "out").iterdir()} - {".lock"}  # its inode is what runs agree on
+    left = {path.name for path in (tmp_path / "out").iterdir()} - {
+        ".lock",
+        ".lock-holder",
+    }  # the inode of .lock is what runs agree on
     assert left == {
         "notes.txt", "validation", "checkpoint-mine", "checkpoint-2",
         "pytorch_lora_weights.safetensors", "config.json",
@@ -3621,7 +3714,7 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
 
 
 def test_wandb(workplace, model):
-    """A real offline run holds the scalars of every step and captioned pictures, and no secret."""
+    """A real offline run holds the scalars of every step and captioned images, and no secret."""
     flags = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p", "--rank=2"]
     flags += ["--report_to=wandb", "--hub_token=hf_secret", "--validation_prompt=a sks dog, 一只sks狗"]
     flags += SMALL.split()
@@ -3653,14 +3746,14 @@ def test_trackers_are_closed_when_a_run_is_stopped(make_config, monkeypatch):
     """Else wandb would call the run crashed."""
     log, writers = z.log_metrics, set()
 
-    def log_and_stop(accelerator, cfg, metrics, schedule):
-        log(accelerator, cfg, metrics, schedule)
-        writers.add(accelerator.get_tracker("tensorboard", unwrap=True))
+    def log_and_stop(run, metrics):
+        log(run, metrics)
+        writers.add(run.accelerator.get_tracker("tensorboard", unwrap=True))
         if metrics["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(z, "log_metrics", log_and_stop)
-    with pytest.raises(z.Stopped, match="stopped by SIGTERM after step 2, which is saved; continue with"):
+    with pytest.raises(z.Stopped, match="stopped by SIGTERM after step 2, which is saved; resume with"):
         run(make_config(report_to="tensorboard", max_train_steps=9))
     assert [writer.file_writer for writer in writers] == [None], "it has let go of its file"
 
@@ -3689,7 +3782,7 @@ def test_demo_replaces_only_its_own(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "z-image-demo" / "metrics.jsonl").read_text().splitlines()) == 1
     settings = json.loads((tmp_path / "z-image-demo" / "config.json").read_text())
     (tmp_path / "z-image-demo" / "config.json").write_text(json.dumps(settings | {"demo": False}))
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="contains another run"):
         run(parse_config(small))
 
 
@@ -3702,20 +3795,20 @@ def run_with_hub(hub, workplace, model, *more):
 
 
 def test_push_to_hub(hub, workplace, model):
-    """LoRA, card, pictures and settings go up; checkpoints, metrics, caches, foreign files and tokens do not."""
+    """LoRA, card, images and settings go up; checkpoints, metrics, caches, foreign files and tokens do not."""
     (workplace / "my-dog" / "private").mkdir(parents=True)
     (workplace / "my-dog" / "private" / "diary.png").write_bytes(b"x")
     more = ["--hub_model_id=org/dog", "--hub_private_repo", "--hub_token=hf_secret", "--report_to=tensorboard"]
     done = run_with_hub(hub, workplace, model, *more)
     assert done.returncode == 0 and "uploaded to org/dog" in done.stdout, done.stderr[-3000:]
-    pictures = [f"validation/step-00000{step}/{name}.png" for step in (0, 2) for name in ("0-0", "sheet")]
-    assert sorted(hub.files) == sorted(["pytorch_lora_weights.safetensors", "README.md", "config.json", *pictures])
+    images = [f"validation/step-00000{step}/{name}.png" for step in (0, 2) for name in ("0-0", "sheet")]
+    assert sorted(hub.files) == sorted(["pytorch_lora_weights.safetensors", "README.md", "config.json", *images])
     assert all((workplace / "my-dog" / name).read_bytes() == content for name, content in hub.files.items())
     made = [json.loads(body) for _, name, _, body in hub.requests if name == "/api/repos/create"]
     assert made == [{"name": "dog", "organization": "org", "private": True}] or made[0]["visibility"] == "private"
     assert {token for _, name, token, _ in hub.requests if name.startswith("/api/models")} == {"Bearer hf_secret"}
     written = [path for path in (workplace / "my-dog").rglob("*") if path.is_file()]
-    assert (workplace / "my-dog" / "checkpoint-2" / "state.json") in written
+    assert (workplace / "my-dog" / "checkpoint-2" / "state.safetensors") in written
     assert [path for path in written if b"hf_secret" in path.read_bytes()] == []
     assert "hf_secret" not in done.stdout + done.stderr + repr(parse_config([*NEEDED, *more]))
 
@@ -3724,7 +3817,7 @@ def test_a_failed_upload_keeps_the_lora_and_tells_how_to_retry(hub, workplace, m
     hub.is_broken = True
     done = run_with_hub(hub, workplace, model, "--skip_final_inference")
     assert done.returncode == 2 and (workplace / "my-dog" / "pytorch_lora_weights.safetensors").is_file()
-    assert "error: the LoRA is finished and safe in my-dog, but uploading it failed: " in done.stderr
+    assert "error: the LoRA is complete and safe in my-dog, but the upload failed: " in done.stderr
     assert "try again with: hf upload me/my-dog 'my-dog' . --include='pytorch_lora_weights" in done.stderr
     assert "Traceback" not in done.stderr
     hub.is_broken = False
@@ -3739,7 +3832,7 @@ def test_a_hub_that_cannot_be_reached_stops_the_run_before_it_starts(hub, workpl
     hub.env["HF_ENDPOINT"] = "http://127.0.0.1:1"
     done = run_with_hub(hub, workplace, model)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: --push_to_hub: the repository my-dog cannot be made: " in done.stderr
+    assert "error: --push_to_hub: the repository my-dog cannot be created: " in done.stderr
     assert "check network and login (`hf auth login`" in done.stderr and not list(
         (workplace / "my-dog").glob("*.safetensors")
     )
@@ -3751,21 +3844,21 @@ def test_a_hub_that_cannot_be_reached_stops_the_run_before_it_starts(hub, workpl
 
 
 def schedule_of(cfg):
-    """The run's arithmetic for five pictures and two class pictures."""
+    """The run's arithmetic for five images and two class images."""
     samples = [sample(n) for n in range(5)] + [sample(5 + n, is_prior=True) for n in range(2)]
     model = Path(cfg.pretrained_model_name_or_path)
     return z.make_schedule(cfg, samples, 1, z.read_timestep_shift(cfg, model))
 
 
 def validation_times(cfg):
-    """Steps with pictures."""
+    """Steps with images."""
     schedule = schedule_of(dataclasses.replace(cfg, max_train_steps=300))
     return [step for step in range(300) if schedule.is_validation_step(step)]
 
 
 def augmentations(cfg):
     """Flips and crops."""
-    return [z.draw_augmentation(cfg, n) for n in range(20)]
+    return [z.sample_augmentation(cfg, n) for n in range(20)]
 
 
 def order(cfg):
@@ -3789,7 +3882,7 @@ def lora_of(cfg):
     """Names and shapes of the LoRA, and its dropout."""
     transformer, _ = with_lora(Path(cfg.pretrained_model_name_or_path), cfg)
     dropout = [module.p for module in transformer.modules() if isinstance(module, nn.Dropout)]
-    return {name: tensor.shape for name, tensor in z.lora_tensors(transformer).items()}, set(dropout)
+    return {name: tensor.shape for name, tensor in z.lora_parameters(transformer).items()}, set(dropout)
 
 
 def trained(cfg):
@@ -3798,8 +3891,8 @@ def trained(cfg):
     return lora_bytes(cfg)
 
 
-def pictures_of(cfg):
-    """All pictures that a whole run leaves."""
+def images_of(cfg):
+    """All images that a whole run leaves."""
     run(cfg)
     return {path.name: path.read_bytes() for path in Path(cfg.output_dir).parent.rglob("*.png")}
 
@@ -3807,18 +3900,18 @@ def pictures_of(cfg):
 def latents_of(cfg):
     """Whether a whole run leaves latents in the cache."""
     run(cfg)
-    return (z.encodings_folder(cfg) / "latents").is_dir()
+    return (cfg.encodings_folder / "latents").is_dir()
 
 
 def prompt_length(cfg):
     """Tokens of a long prompt."""
-    encoder = z.load_text_encoder(Path(cfg.pretrained_model_name_or_path), FP32, CPU)
-    return len(z.encode_prompt(encoder, "word " * 60, cfg.max_sequence_length))
+    encoder = z.load_text_encoder(Path(cfg.pretrained_model_name_or_path), FP32)
+    return len(z.encode_prompt(*encoder, "word " * 60, cfg.max_sequence_length))
 
 
 def planned(cfg):
     """The samples of the plan."""
-    return [(s.path, s.prompt, s.bucket) for s in z.plan_samples(cfg, Path(cfg.instance_data_dir))]
+    return [(s.path, s.prompt, s.bucket) for s in z.plan_samples(cfg)]
 
 
 def product_precision(cfg):
@@ -3860,7 +3953,7 @@ OBSERVED = {
     "class_data_dir": (planned, "one", "two", PRIOR),
     "class_prompt": (planned, "a", "b", PRIOR),
     "num_class_images": (planned, 1, 2, PRIOR),
-    "cache_dir": (z.encodings_folder, "a", "b", {}),
+    "cache_dir": (lambda cfg: cfg.encodings_folder, "a", "b", {}),
     "rank": (lora_of, 2, 4, {}),
     "lora_alpha": (lambda cfg: cfg.lora_scale, 2.0, 4.0, {}),
     "lora_dropout": (lora_of, 0.0, 0.5, {}),
@@ -3888,13 +3981,13 @@ OBSERVED = {
     "gradient_accumulation_steps": (schedule_of, 1, 2, {}),
     "validation_epochs": (validation_times, 5, 6, {}),
     "validation_steps": (validation_times, 5, 6, {}),
-    "prior_generation_precision": (pictures_of, "bf16", "fp32", PRIOR),
+    "prior_generation_precision": (images_of, "bf16", "fp32", PRIOR),
     "cache_latents": (latents_of, True, False, {}),
-    "num_validation_images": (pictures_of, 1, 2, SEEN),
-    "guidance_scale": (pictures_of, 0.0, 2.0, SEEN),
-    "negative_prompt": (pictures_of, "", "blurry", SEEN),
-    "num_inference_steps": (pictures_of, 1, 2, SEEN),
-    "validation_resolution": (pictures_of, 32, 48, SEEN),
+    "num_validation_images": (images_of, 1, 2, SEEN),
+    "guidance_scale": (images_of, 0.0, 2.0, SEEN),
+    "negative_prompt": (images_of, "", "blurry", SEEN),
+    "num_inference_steps": (images_of, 1, 2, SEEN),
+    "validation_resolution": (images_of, 32, 48, SEEN),
     "scale_lr": (rates, False, True, {"train_batch_size": 2, "gradient_accumulation_steps": 3}),
     "allow_tf32": (product_precision, False, True, {}),
     "logging_dir": (tracked, "logs", "elsewhere", {"report_to": "tensorboard"}),
@@ -3908,12 +4001,12 @@ SHOWN = {
     "dataset_config_name": "test_dataset_folder",
     "image_column": "test_dataset_folder",
     "caption_column": "test_dataset_folder",
-    "sample_batch_size": "test_class_pictures_are_generated_once_and_only_the_missing",
+    "sample_batch_size": "test_class_images_are_generated_once_and_only_the_missing",
     "weighting_scheme": "test_noise_levels",
     "logit_mean": "test_noise_levels",
     "logit_std": "test_noise_levels",
     "mode_scale": "test_noise_levels",
-    "prior_loss_weight": "test_class_pictures_count_by_their_weight",
+    "prior_loss_weight": "test_class_images_count_by_their_weight",
     "text_encoder_lr": "test_advice",
     "adam_weight_decay_text_encoder": "test_advice",
     "local_rank": "test_advice",
@@ -3926,9 +4019,9 @@ SHOWN = {
     "max_train_minutes": "test_the_time_for_training_can_be_limited",
     "resume_anyway": "test_changed_settings_are_refused_with_the_list_unless_meant",
     "on_nan": "test_a_nan_can_be_skipped_and_is_counted",
-    "validation_prompt": "test_when_pictures_are_drawn",
-    "final_validation_prompt": "test_when_pictures_are_drawn",
-    "skip_final_inference": "test_when_pictures_are_drawn",
+    "validation_prompt": "test_when_images_are_generated",
+    "final_validation_prompt": "test_when_images_are_generated",
+    "skip_final_inference": "test_when_images_are_generated",
     "output_dir": "test_the_file_itself",
     "overwrite_output_dir": "test_overwriting_removes_only_what_this_program_wrote",
     "upcast_before_saving": "test_the_file_itself",
@@ -3937,7 +4030,7 @@ SHOWN = {
     "revision": "test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise",
     "variant": "test_variant",
     "use_8bit_adam": "test_8_bit_adam_keeps_its_state_in_8_bits",
-    "quantization": "test_a_quantised_model_is_read_from_shards_and_its_gaps_are_named",
+    "quantization": "test_a_quantized_model_is_read_from_shards_and_its_gaps_are_named",
     "do_fp8_training": "test_fp8_training_multiplies_in_fp8_where_the_hardware_can",
     "bnb_quantization_config_path": "test_the_readmes_bitsandbytes_files",
     "offload": "test_offloaded_encoders_visit_the_device_only_to_work",
@@ -3969,7 +4062,7 @@ def test_flag(name, make_config, tmp_path):
         folders = {"output_dir": str(tmp_path / str(place) / "out"), "cache_dir": str(tmp_path / str(place) / "cache")}
         if "class_data_dir" in others:
             folders["class_data_dir"] = str(tmp_path / "classes" / str(place))
-        if observe in (pictures_of, latents_of):
+        if observe in (images_of, latents_of):
             folders["class_data_dir"] = str(tmp_path / str(place) / "classes")
         else:
             folders.pop("cache_dir")
@@ -3984,8 +4077,8 @@ def test_flag(name, make_config, tmp_path):
 
 
 @pytest.mark.benchmark
-def test_memory_does_not_grow_with_the_number_of_pictures(model, tmp_path):
-    """1,000 pictures of 1024 px are planned and cached with less than 300 MB above what 10 need."""
+def test_memory_does_not_grow_with_the_number_of_images(model, tmp_path):
+    """1,000 images of 1024 px are planned and cached with less than 300 MB above what 10 need."""
     peaks = []
     for count in (10, 1000):
         first = draw(tmp_path / f"{count}" / "0.jpg", (1024, 1024))

@@ -8,30 +8,31 @@
 #     "Pillow>=13.0.0",
 # ]
 # ///
-"""Teach Z-Image a new subject or style from a handful of pictures: DreamBooth with LoRA, in one file.
+"""Teach Z-Image a new subject or style from a handful of images: DreamBooth with LoRA, in one file.
 
     python train_dreambooth_lora_z_image.py --demo                                  # a tiny model, no download, no GPU
     accelerate launch train_dreambooth_lora_z_image.py --pretrained_model_name_or_path=Tongyi-MAI/Z-Image \\
         --instance_data_dir=dog --instance_prompt="a photo of sks dog" --gradient_checkpointing --cache_latents
     accelerate launch train_dreambooth_lora_z_image.py --config OUTPUT_DIR/config.json --resume_from_checkpoint latest
 
-The file is read from top to bottom; a section uses only what stands above it.
+Read the file from top to bottom: a section uses only itself and the sections above it.
 
-    Config                  every flag, one line each; refuses what cannot work
-    Data plan               pictures, captions, buckets, the order of the examples, the length of the run
-    Checks                  what can be refused before anything is loaded; the checkpoint to continue from
-    Encoders and caches     prompts and pictures become embeddings and latents, once, on disk; `Batch`
-    Transformer and LoRA    the frozen model and what is trained in it
-    Objective               flow matching, as pure functions; `training_loss`
-    Training                `train`: the loop; learning rate, checkpoints, resume
-    Sampling                class pictures and validation, from the live model
-    Artefacts               the LoRA file, the model card
-    Demo                    a tiny random checkpoint and drawn pictures
+    Words and files         error messages, console output, and files that are either complete or absent
+    Config                  every flag, one line each, and the combinations that are rejected
+    Plan                    images, captions, buckets, the order of the examples, the length of the run
+    Checks                  whatever can be rejected before a model is loaded; the checkpoint to resume from
+    Encoders and caches     prompts and images become embeddings and latents, once, on disk; `Batch`
+    Transformer and LoRA    the frozen model and the weights trained on top of it
+    Objective               flow matching as pure functions; `training_loss`
+    Training                `train`: the loop; learning rate, checkpoints, resuming
+    Validation              class images and validation images, sampled from the live model
+    Artifacts               the LoRA file, the model card, the upload
+    Demo                    a tiny random checkpoint and five images
     Main                    the table of contents
 
 Data flows one way, the config is frozen, and every random choice is a function of (seed, number of the example). So a
-run that is interrupted and continued sees the same pictures, noise and rates, and on a CPU ends in the same bytes; and
-one on more processes, with the same total batch, follows the same loss curve up to rounding (without LoRA dropout).
+run that is interrupted and resumed sees the same images, noise, and learning rates, and on a CPU ends with the same
+bytes. A run on more processes with the same total batch follows the same loss curve up to rounding (without dropout).
 """
 
 import argparse
@@ -42,12 +43,12 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -57,7 +58,6 @@ import socket
 import sys
 import threading
 import time
-import types
 import typing
 import uuid
 import warnings
@@ -67,36 +67,37 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from filelock import FileLock, Timeout  # torch depends on it
 from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
 
 # =====================================================================================================================
-# Config
+# Words and files
 # =====================================================================================================================
 
 
 class UserError(ValueError):
-    """Say what the user can mend: one sentence that names the flag or the file, and the remedy."""
+    """Report what the user can fix: one sentence that names the flag or the file, and the remedy."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Say that the run has been asked to stop, and how to continue it; holds the number of the signal."""
+    """Report that the run was asked to stop, and how to resume it; `number` is that of the signal."""
 
     def __init__(self, sentence: str, number: int) -> None:
-        super().__init__(f"{sentence}; continue with the same command and --resume_from_checkpoint latest")
+        super().__init__(f"{sentence}; resume with the same command and --resume_from_checkpoint latest")
         self.number = number
 
 
 def require(condition: bool, sentence: str) -> None:
-    """Refuse with a sentence unless the condition holds."""
+    """Raise UserError with this sentence unless the condition holds."""
     if not condition:
         raise UserError(sentence)
 
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn the errors of a library, each of which raises its own, into a sentence: what failed, why, the remedy."""
+    """Turn any exception of a library into a UserError: what failed, why, and the remedy."""
     try:
         yield
     except UserError:
@@ -107,330 +108,355 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Put a text on one line: newlines, terminal codes and halves of letters, as file names have them, are escaped."""
+    """Fit text on one line: escape the newlines, terminal codes, and lone surrogates that file names can hold."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def say(*lines: str, everywhere: bool = False) -> None:
-    """Print for a person, from the first process only unless told otherwise, without tearing a progress bar."""
+    """Print lines from the first process (or from all), without breaking a progress bar."""
     for line in lines if everywhere or os.environ.get("RANK", "0") == "0" else ():
         tqdm.write(printable(line), file=sys.stdout)
 
 
+def sha256(content: bytes) -> str:
+    """Hash bytes to a hexadecimal string."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def derive_seed(*parts: Any) -> int:
+    """Hash (seed, purpose, number, ...) to a 63-bit seed. All randomness in this file comes from here."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark. Raises UserError for any other encoding."""
+    with explained(f"{path} cannot be read as UTF-8 text", "save it as UTF-8"):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def read_json_object(name: str, file: Path) -> dict[str, Any]:
+    """Read a JSON object; `name` is what an error calls the file. Raises UserError for anything else."""
+    with explained(f"{name} cannot be read as JSON"):
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    require(isinstance(content, dict), f"{name} must contain one JSON object")
+    return content
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk (on Windows, which cannot open folders, a file only)."""
+    if path.is_file() or os.name != "nt":
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is either complete or absent, at any moment. Used for everything but metrics.jsonl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".z-image-{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException as error:  # a full disk, a signal: leave nothing behind
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+
+
+def split_safetensors(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    """Split the bytes of a safetensors file into its header and its tensors."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), memoryview(content)[end:]
+
+
+def seal(content: bytes, metadata: dict[str, str]) -> bytes:
+    """Add metadata and a hash of everything to a safetensors file, so that equal content gives equal bytes."""
+    header, tensors = split_safetensors(content)
+    header = {"__metadata__": dict(sorted(metadata.items()))} | header  # safetensors 0.8 would shuffle it
+    header["__metadata__"]["sha256"] = sha256(json.dumps(header).encode() + hashlib.sha256(tensors).digest())
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, tensors))
+
+
+def read_sealed(path: Path) -> dict[str, str] | None:
+    """Return the metadata of a sealed file, or None if the file is missing or differs from what was written."""
+    try:
+        header, tensors = split_safetensors(path.read_bytes())
+        digest = header["__metadata__"].pop("sha256")
+        is_intact = digest == sha256(json.dumps(header).encode() + hashlib.sha256(tensors).digest())
+        return header["__metadata__"] if is_intact else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+# =====================================================================================================================
+# Config
+# =====================================================================================================================
+
 BOUNDS = {
-    "at_least": (operator.ge, "must be at least"),
-    "above": (operator.gt, "must be above"),
-    "below": (operator.lt, "must be below"),
+    "at_least": (lambda value, bound: value >= bound, "must be at least"),
+    "above": (lambda value, bound: value > bound, "must be above"),
+    "below": (lambda value, bound: value < bound, "must be below"),
     "multiple_of": (lambda value, bound: value % bound == 0, "must be a multiple of"),
 }
+Precision = Literal["bf16", "no", "fp16"]
+Storage = Literal["fp8", "int8", "nf4"]
+Weighting = Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"]
+LrScheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+]
+NO_FP16 = "{} fp16 is not supported: Z-Image overflows in fp16 and gives NaN or black images; use bf16, or no for fp32"
+HEADINGS = {  # of --help, each above the first flag of its group
+    "pretrained_model_name_or_path": "Model", "instance_data_dir": "Data", "cache_dir": "Caches", "rank": "LoRA",
+    "weighting_scheme": "Objective", "optimizer": "Optimizer", "seed": "Training", "quantization": "Memory and speed",
+    "validation_prompt": "Validation", "output_dir": "Output",
+}  # fmt: skip
 
 
 def flag(default: Any, help: str, *aliases: str, is_secret: bool = False, **bounds: float) -> Any:
-    """One setting: its default, its line of help, its other names, and its bounds, by the names in `BOUNDS`."""
+    """Declare a setting: its default, its line of help, its other names, and its bounds by their names in `BOUNDS`."""
     metadata = {"help": help, "aliases": aliases, "is_secret": is_secret, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
 
-class Settings:
-    """A group of settings; what bounds and types cannot say, it refuses in `check`."""
-
-    def check(self) -> None:
-        """Refuse contradictions; most groups have none."""
-
-
-Precision = Literal["bf16", "no", "fp16"]
-Storage = Literal["fp8", "int8", "nf4"]
-Weighting = Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"]
-Course = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
-]
-NO_FP16 = "{} fp16 is refused: Z-Image overflows in fp16 and gives NaN or black pictures; use bf16, or no for fp32"
-
-
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Settings):
-    """Model"""
+class Config:
+    """Fine-tune Z-Image with DreamBooth and LoRA."""
 
-    pretrained_model_name_or_path: str | None = flag(None, "Z-Image: a diffusers folder or a hub name. Required.")
-    revision: str | None = flag(None, "Branch, tag or commit of a hub name.")
-    variant: str | None = flag(None, "Read the weight files with this in their names, such as bf16.")
-    max_sequence_length: int = flag(512, "Prompts are cut after this many tokens, chat template included.", at_least=1)
+    pretrained_model_name_or_path: str | None = flag(None, "Z-Image: a diffusers folder or a Hub name. Required.")
+    revision: str | None = flag(None, "Branch, tag, or commit of a model on the Hub.")
+    variant: str | None = flag(None, "Load the weight files of this variant, such as bf16.")
+    max_sequence_length: int = flag(512, "Truncate prompts to this many tokens, chat template included.", at_least=1)
 
-    def check(self) -> None:
-        """Refuse a run without a model."""
-        sentence = "--pretrained_model_name_or_path is required: a folder or a hub name such as Tongyi-MAI/Z-Image"
-        require(self.pretrained_model_name_or_path is not None, f"{sentence} (or try --demo, which needs none)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Settings):
-    """Data"""
-
-    instance_data_dir: str | None = flag(None, "Folder with the pictures to learn, searched recursively.")
-    instance_prompt: str | None = flag(None, "Prompt of every picture without a caption of its own.")
+    instance_data_dir: str | None = flag(None, "Folder with the instance images, searched recursively.")
+    instance_prompt: str | None = flag(None, "Prompt for every instance image without its own caption.")
     dataset_name: str | None = flag(None, "Hub dataset or local dataset folder, instead of --instance_data_dir.")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several.")
-    image_column: str = flag("image", "Column of the dataset with the pictures.")
-    caption_column: str | None = flag(None, "Column of the dataset with the captions.")
-    repeats: int = flag(1, "How often every instance picture appears in one epoch.", at_least=1)
-    resolution: int = flag(1024, "Side of the square pictures are cropped to.", at_least=16, multiple_of=16)
-    use_aspect_ratio_buckets: bool = flag(False, "Buckets of about resolution x resolution pixels; never enlarges.")
+    image_column: str = flag("image", "Column of the dataset that contains the images.")
+    caption_column: str | None = flag(None, "Column of the dataset that contains the captions.")
+    repeats: int = flag(1, "Number of times each instance image is shown per epoch.", at_least=1)
+    resolution: int = flag(1024, "Side of the square images are cropped to, in pixels.", at_least=16, multiple_of=16)
+    use_aspect_ratio_buckets: bool = flag(False, "Buckets of about resolution x resolution pixels; never upscales.")
     aspect_ratio_buckets: str | None = flag(None, "Explicit buckets: 'height,width;height,width;...'.")
-    center_crop: bool = flag(False, "Crop the middle instead of a fresh random place every time.")
+    center_crop: bool = flag(False, "Crop the center instead of a new random position every time.")
     random_flip: bool = flag(False, "Mirror half of the examples.")
-    with_prior_preservation: bool = flag(False, "Alternate with pictures of the class, so that it is not forgotten.")
-    class_data_dir: str | None = flag(None, "Folder of class pictures; missing ones are generated into it.")
-    class_prompt: str | None = flag(None, "Prompt of the class pictures.")
-    num_class_images: int = flag(100, "Generate until there are this many class pictures; all are used.", at_least=1)
-    sample_batch_size: int = flag(4, "Class pictures generated at a time, per process.", at_least=1)
-    prior_generation_precision: Literal["bf16", "fp32", "no", "fp16"] = flag("bf16", "For class pictures; no is fp32.")
-
-    def check(self) -> None:
-        """Refuse contradictory sources, unreadable buckets and half a prior preservation."""
-        is_one = (self.instance_data_dir is None) != (self.dataset_name is None)
-        require(is_one, "give the pictures with --instance_data_dir or with --dataset_name, one of the two")
-        is_table = self.caption_column is None or self.dataset_name is not None
-        require(is_table, "--caption_column belongs to --dataset_name; a folder has NAME.txt or metadata.jsonl")
-        if self.aspect_ratio_buckets is not None:
-            parse_buckets(self.aspect_ratio_buckets)
-        has_class = not self.with_prior_preservation or None not in (self.class_data_dir, self.class_prompt)
-        require(has_class, '--with_prior_preservation needs --class_data_dir and --class_prompt ("a photo of dog")')
-        require(self.prior_generation_precision != "fp16", NO_FP16.format("--prior_generation_precision"))
-
-
-def parse_buckets(text: str) -> list[tuple[int, int]]:
-    """Read 'height,width;height,width;...'. Raises UserError for anything else, and for sides no multiple of 16."""
-    is_list = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*;?\s*", text) is not None
-    require(is_list, f"--aspect_ratio_buckets reads 'height,width;height,width;...', got {text!r}")
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
-    for side in numbers:
-        require(side >= 16 and side % 16 == 0, f"--aspect_ratio_buckets: sides must be multiples of 16, got {side}")
-    return list(zip(numbers[::2], numbers[1::2]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig(Settings):
-    """Caches"""
+    with_prior_preservation: bool = flag(False, "Alternate with images of the class, so that it is not forgotten.")
+    class_data_dir: str | None = flag(None, "Folder with class images; missing ones are generated into it.")
+    class_prompt: str | None = flag(None, "Prompt for the class images.")
+    num_class_images: int = flag(100, "Generate class images until there are this many; all are used.", at_least=1)
+    sample_batch_size: int = flag(4, "Class images generated at a time, per process.", at_least=1)
+    prior_generation_precision: Literal["bf16", "fp32", "no", "fp16"] = flag("bf16", "For class images; no is fp32.")
 
     cache_dir: str | None = flag(None, "Folder for downloads and encodings. Default: the Hugging Face home.")
-    cache_latents: bool = flag(False, "Encode every picture once, then free the VAE; centres the crops.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings(Settings):
-    """LoRA"""
+    cache_latents: bool = flag(False, "Encode every image once, then free the VAE; crops are centered.")
 
     rank: int = flag(16, "Rank r of the update matrices.", at_least=1)
     lora_alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: rank.", above=0)
-    lora_dropout: float = flag(0.0, "Share of the update's inputs dropped in training.", at_least=0, below=1)
-    lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, names or blocks.")
+    lora_dropout: float = flag(0.0, "Dropout probability for the inputs of the update.", at_least=0, below=1)
+    lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, names, or blocks.")
+
+    weighting_scheme: Weighting = flag("logit_normal", "How noise levels are sampled or weighted; none is uniform.")
+    logit_mean: float = flag(0.0, "Mean for logit_normal; above 0 means more noise.")
+    logit_std: float = flag(1.0, "Standard deviation for logit_normal.", above=0)
+    mode_scale: float = flag(1.29, "Scale for mode.")
+    timestep_shift: str = flag("1", "Shift s of noise levels, s x / (1 + (s - 1) x); 'scheduler' uses the model's.")
+    prior_loss_weight: float = flag(1.0, "Weight of a class image relative to an instance image.", at_least=0)
+
+    optimizer: Literal["adamw", "prodigy"] = flag("adamw", "Optimizer, in any case; prodigy needs --learning_rate 1.")
+    learning_rate: float = flag(1e-4, "Learning rate after the warmup.", above=0, below=1e6)
+    scale_lr: bool = flag(False, "Multiply the learning rate by batch size x processes x accumulation steps.")
+    use_8bit_adam: bool = flag(False, "Use bitsandbytes AdamW with an 8-bit state; not for Prodigy.")
+    adam_beta1: float = flag(0.9, "Decay of the first moment, also for Prodigy.", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "Decay of the second moment, also for Prodigy.", at_least=0, below=1)
+    adam_weight_decay: float = flag(1e-4, "Weight decay, also for Prodigy.", at_least=0)
+    adam_epsilon: float = flag(1e-8, "Added to the denominator, also for Prodigy.", above=0)
+    prodigy_beta3: float | None = flag(None, "Decay of Prodigy's estimate. Default: sqrt(beta2).", at_least=0, below=1)
+    prodigy_decouple: bool = flag(True, "Use decoupled weight decay in Prodigy.")
+    prodigy_use_bias_correction: bool = flag(True, "Use Adam's bias correction in Prodigy.")
+    prodigy_safeguard_warmup: bool = flag(True, "Keep the warmup from distorting Prodigy's estimate.")
+    max_grad_norm: float = flag(1.0, "Clip gradients to this norm.", above=0)
+    lr_scheduler: LrScheduler = flag("constant", "Learning rate schedule, as in diffusers.")
+    lr_warmup_steps: int = flag(0, "Optimizer steps to the full learning rate, if the schedule warms up.", at_least=0)
+    lr_num_cycles: int = flag(1, "Cycles for cosine_with_restarts.", at_least=1)
+    lr_power: float = flag(1.0, "Power for polynomial.")
+    lr_step_rules: str | None = flag(None, "For piecewise_constant: 'factor:until_step,...,factor', as in 1:100,0.1.")
+    text_encoder_lr: float | None = flag(None, "Accepted for old commands; has no effect.")
+    adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for old commands; has no effect.")
+
+    seed: int = flag(0, "Seed for every random choice.", at_least=0, below=2**32)
+    max_train_steps: int | None = flag(None, "Optimizer steps. Default: 1500, or what the epochs need.", at_least=1)
+    num_train_epochs: int | None = flag(None, "Number of epochs; each shows every sample once.", at_least=1)
+    train_batch_size: int = flag(1, "Images per process in one forward pass.", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "Passes per optimizer step.", "--gradient_accumulation", at_least=1)
+    gradient_checkpointing: bool = flag(False, "Recompute activations: much less memory, up to twice the time.")
+    mixed_precision: Precision = flag("bf16", "Precision of the frozen weights and the math; no is fp32.")
+    checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step always gets one.", at_least=1)
+    checkpoints_total_limit: int | None = flag(None, "Keep only this many of the newest checkpoints.", at_least=1)
+    checkpointing_minutes: float | None = flag(None, "Also save a checkpoint after this many minutes.", above=0)
+    max_train_minutes: float | None = flag(None, "Stop after this many minutes, with a checkpoint.", above=0)
+    resume_from_checkpoint: str | None = flag(None, "Resume from 'latest' or from a checkpoint folder.")
+    resume_anyway: bool = flag(False, "Resume even if data or settings differ from the checkpoint's.")
+    on_nan: Literal["stop", "skip"] = flag("stop", "If loss or gradient is not finite: stop, or skip the step.")
+    local_rank: int | None = flag(None, "Accepted for old commands; has no effect.")
+
+    quantization: Storage | None = flag(None, "Store frozen weights in 8 or 4 bits; compute in --mixed_precision.")
+    do_fp8_training: bool = flag(False, "Store and multiply weights in fp8; needs compute capability 8.9 or higher.")
+    bnb_quantization_config_path: str | None = flag(None, "JSON file with a bitsandbytes configuration, 4 or 8 bits.")
+    offload: bool = flag(False, "Keep text encoder and VAE in host memory; on the GPU only while in use.")
+    attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, flash, flex, ...")
+    enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
+    allow_tf32: bool = flag(False, "Use TF32 for fp32 products on Ampere and later.")
+    dataloader_num_workers: int = flag(0, "Processes that load images or latents; 0 is the main one.", at_least=0)
+    fsdp_text_encoder: bool = flag(False, "Accepted for old commands; has no effect.")
+
+    validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted: images before, during, and after.")
+    final_validation_prompt: str | None = flag(None, "Prompt for images after training; --validation_prompt wins.")
+    num_validation_images: int = flag(4, "Images per prompt.", at_least=1)
+    validation_epochs: int = flag(50, "Epochs between validations.", at_least=1)
+    validation_steps: int | None = flag(None, "Steps between validations; replaces --validation_epochs.", at_least=1)
+    guidance_scale: float = flag(4.0, "Classifier-free guidance; 0 turns it off, as Turbo requires.", at_least=0)
+    negative_prompt: str = flag("", "Negative prompt for guidance.")
+    num_inference_steps: int = flag(28, "Denoising steps per image.", at_least=1)
+    validation_resolution: int | None = flag(None, "Default: --resolution.", at_least=16, multiple_of=16)
+    skip_final_inference: bool = flag(False, "Generate no images after the last step.")
+
+    output_dir: str = flag("z-image-dreambooth-lora", "Folder for the LoRA, checkpoints, images, and metrics.")
+    overwrite_output_dir: bool = flag(False, "Remove what an earlier run of this script left in --output_dir.")
+    upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of the training precision.")
+    logging_dir: str = flag("logs", "Folder for tracker files, inside --output_dir unless absolute.")
+    report_to: str = flag("none", "Accelerate trackers, separated by commas: wandb, tensorboard, ...; or all.")
+    push_to_hub: bool = flag(False, "Upload LoRA, card, images, and config.json to the Hub after training.")
+    hub_model_id: str | None = flag(None, "Repository to upload to. Default: your account, name of --output_dir.")
+    hub_token: str | None = flag(None, "Hub token. Default: that of `hf auth login` or HF_TOKEN.", is_secret=True)
+    hub_private_repo: bool = flag(False, "Make the repository private if it is new.")
+    demo: bool = flag(False, "Train a tiny random model on generated images, both created in --output_dir.")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Reject what cannot work, naming the flags, before anything is loaded."""
+        for sentence in itertools.chain(misfits(self), contradictions(self)):
+            raise UserError(sentence)
 
     @property
     def lora_scale(self) -> float:
-        """The factor alpha / rank by which the update counts."""
+        """Return the factor alpha / rank that scales the update."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig(Settings):
-    """Objective"""
-
-    weighting_scheme: Weighting = flag("logit_normal", "How noise levels are drawn or weighted; none is uniform.")
-    logit_mean: float = flag(0.0, "Mean of logit_normal; above 0 means more noise.")
-    logit_std: float = flag(1.0, "Standard deviation of logit_normal.", above=0)
-    mode_scale: float = flag(1.29, "Scale of mode.")
-    timestep_shift: str = flag("1", "Shift s of noise levels: s x / (1 + (s - 1) x); 'scheduler' takes the model's.")
-    prior_loss_weight: float = flag(1.0, "Weight of a class picture beside an instance picture.", at_least=0)
-
-    def check(self) -> None:
-        """Refuse a shift that is neither a positive number nor the model's."""
-        number = re.fullmatch(r"\d+\.?\d*|\.\d+", self.timestep_shift)
-        is_shift = self.timestep_shift == "scheduler" or (number is not None and float(number[0]) > 0)
-        require(is_shift, f"--timestep_shift takes a number above 0 or 'scheduler', got {self.timestep_shift!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Settings):
-    """Optimizer"""
-
-    optimizer: Literal["adamw", "prodigy"] = flag("adamw", "In any case; prodigy wants --learning_rate 1.")
-    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0, below=1e6)
-    scale_lr: bool = flag(False, "Multiply the rate by the pictures of one step: batch x processes x accumulation.")
-    use_8bit_adam: bool = flag(False, "AdamW of bitsandbytes, whose state takes 8 bits; not for Prodigy.")
-    adam_beta1: float = flag(0.9, "Decay of the first moment, also Prodigy's.", at_least=0, below=1)
-    adam_beta2: float = flag(0.999, "Decay of the second moment, also Prodigy's.", at_least=0, below=1)
-    adam_weight_decay: float = flag(1e-4, "Weight decay, also Prodigy's.", at_least=0)
-    adam_epsilon: float = flag(1e-8, "Added to the denominator, also Prodigy's.", above=0)
-    prodigy_beta3: float | None = flag(None, "Of Prodigy's estimate. Default: root of beta2.", at_least=0, below=1)
-    prodigy_decouple: bool = flag(True, "Decoupled weight decay in Prodigy.")
-    prodigy_use_bias_correction: bool = flag(True, "Adam's bias correction in Prodigy.")
-    prodigy_safeguard_warmup: bool = flag(True, "Keep a warm-up from spoiling Prodigy's estimate.")
-    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", above=0)
-    lr_scheduler: Course = flag("constant", "Course of the learning rate, as in diffusers.")
-    lr_warmup_steps: int = flag(0, "Optimizer steps up to the full rate, for schedules that warm up.", at_least=0)
-    lr_num_cycles: int = flag(1, "Cycles of cosine_with_restarts.", at_least=1)
-    lr_power: float = flag(1.0, "Power of polynomial.")
-    lr_step_rules: str | None = flag(None, "Of piecewise_constant: 'factor:until_step,...,factor', as in 1:100,0.1.")
-    text_encoder_lr: float | None = flag(None, "Accepted for old commands, without effect.")
-    adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for old commands, without effect.")
 
     @property
     def has_8bit_state(self) -> bool:
-        """Whether `--use_8bit_adam` counts: Prodigy has no 8-bit form."""
+        """Tell whether `--use_8bit_adam` takes effect: Prodigy has no 8-bit form."""
         return self.use_8bit_adam and self.optimizer == "adamw"
-
-    def check(self) -> None:
-        """Refuse step rules without their schedule, and the schedule without rules."""
-        is_pair = (self.lr_scheduler == "piecewise_constant") == (self.lr_step_rules is not None)
-        require(is_pair, "--lr_scheduler piecewise_constant and --lr_step_rules need each other")
-        is_rule = re.fullmatch(r"(\d{1,9}(\.\d+)?:\d{1,9},)*\d{1,9}(\.\d+)?", self.lr_step_rules or "1") is not None
-        shown = f"such as 1:100,0.1; got {self.lr_step_rules!r}"
-        require(is_rule, f"--lr_step_rules reads 'factor:until_step,...,factor', {shown}")
-        can_fall = self.lr_scheduler != "polynomial" or self.learning_rate > 1e-7
-        require(can_fall, "--lr_scheduler polynomial falls to 1e-7; --learning_rate must be above that")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Settings):
-    """Training"""
-
-    seed: int = flag(0, "Every random choice follows from it.", at_least=0, below=2**32)
-    max_train_steps: int | None = flag(None, "Optimizer steps. Default: 1500, or what the epochs need.", at_least=1)
-    num_train_epochs: int | None = flag(None, "Epochs, each showing every sample once.", at_least=1)
-    train_batch_size: int = flag(1, "Pictures per process in one forward pass.", at_least=1)
-    gradient_accumulation_steps: int = flag(1, "Passes per optimizer step.", "--gradient_accumulation", at_least=1)
-    gradient_checkpointing: bool = flag(False, "Recompute activations: far less memory, up to twice the time.")
-    mixed_precision: Precision = flag("bf16", "Of the frozen weights and the maths; no is fp32, fp16 is refused.")
-    checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step has one too.", at_least=1)
-    checkpoints_total_limit: int | None = flag(None, "Keep only the newest checkpoints.", at_least=1)
-    checkpointing_minutes: float | None = flag(None, "Minutes between checkpoints, besides those by steps.", above=0)
-    max_train_minutes: float | None = flag(None, "Stop after this time, with a checkpoint to continue from.", above=0)
-    resume_from_checkpoint: str | None = flag(None, "Continue from 'latest' or from a checkpoint folder.")
-    resume_anyway: bool = flag(False, "Continue with other data or settings than the checkpoint was made with.")
-    on_nan: Literal["stop", "skip"] = flag("stop", "Where loss or gradient is not finite: stop, or skip the step.")
-    local_rank: int | None = flag(None, "Accepted for old commands, without effect.")
-
-    def check(self) -> None:
-        """Refuse fp16."""
-        require(self.mixed_precision != "fp16", NO_FP16.format("--mixed_precision"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardwareConfig(Settings):
-    """Memory and speed"""
-
-    quantization: Storage | None = flag(None, "Frozen weights in 8 or 4 bits; products as in --mixed_precision.")
-    do_fp8_training: bool = flag(False, "fp8 weights and fp8 products, for GPUs of compute capability 8.9 and above.")
-    bnb_quantization_config_path: str | None = flag(None, "JSON of a bitsandbytes configuration, 4 or 8 bits.")
-    offload: bool = flag(False, "Text encoder and VAE live in host memory; on the GPU only while they are used.")
-    attention_backend: str = flag("native", "Kernel of the attention, as in diffusers: native, flash, flex, ...")
-    enable_npu_flash_attention: bool = flag(False, "Old name of --attention_backend _native_npu.")
-    allow_tf32: bool = flag(False, "TF32 for fp32 products, on Ampere and later.")
-    dataloader_num_workers: int = flag(0, "Processes that load pictures or latents; 0 is the main one.", at_least=0)
-    fsdp_text_encoder: bool = flag(False, "Accepted for old commands, without effect.")
 
     @property
     def storage(self) -> str | None:
-        """The format of the frozen weights, where it is ours and not bitsandbytes' own."""
+        """Return the storage format of the frozen weights, unless a bitsandbytes JSON defines it."""
         return "fp8" if self.do_fp8_training else self.quantization
 
     @property
+    def training_side(self) -> int:
+        """Return the side of a square image as large as the training images, in pixels."""
+        areas = [height * width for height, width in parse_buckets(self.aspect_ratio_buckets)]
+        return math.isqrt(max(areas)) // 16 * 16 if areas else self.resolution
+
+    @property
+    def encodings_folder(self) -> Path:
+        """Return the folder of cached encodings: inside `--cache_dir`, else inside the Hugging Face home."""
+        from huggingface_hub import constants
+
+        return Path(self.cache_dir or constants.HF_HOME) / "z-image-encodings"
+
+    @property
     def attention(self) -> str:
-        """The attention backend, by its old flag or its new one."""
+        """Return the attention backend, whichever flag names it."""
         return "_native_npu" if self.enable_npu_flash_attention else self.attention_backend
-
-    def check(self) -> None:
-        """Refuse two formats for the same weights, and two attention backends."""
-        formats = ("quantization", "do_fp8_training", "bnb_quantization_config_path")
-        given = [f"--{name}" for name in formats if getattr(self, name)]
-        require(len(given) < 2, f"{' and '.join(given)} are formats for the same weights; give one of them")
-        is_one = not self.enable_npu_flash_attention or self.attention_backend in ("native", self.attention)
-        require(is_one, f"--enable_npu_flash_attention contradicts --attention_backend {self.attention_backend}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig(Settings):
-    """Validation"""
-
-    validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted, drawn before, during and after.")
-    final_validation_prompt: str | None = flag(None, "Drawn after training only; ignored beside --validation_prompt.")
-    num_validation_images: int = flag(4, "Pictures per prompt.", at_least=1)
-    validation_epochs: int = flag(50, "Epochs between two validations.", at_least=1)
-    validation_steps: int | None = flag(None, "Steps between two validations, instead of epochs.", at_least=1)
-    guidance_scale: float = flag(4.0, "Classifier-free guidance; 0 turns it off, as Turbo wants.", at_least=0)
-    negative_prompt: str = flag("", "What guidance moves away from.")
-    num_inference_steps: int = flag(28, "Denoising steps per picture.", at_least=1)
-    validation_resolution: int | None = flag(None, "Default: --resolution.", at_least=16, multiple_of=16)
-    skip_final_inference: bool = flag(False, "No pictures after the last step.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig(Settings):
-    """Output"""
-
-    output_dir: str = flag("z-image-dreambooth-lora", "Folder for the LoRA, checkpoints, pictures and metrics.")
-    overwrite_output_dir: bool = flag(False, "Remove what an earlier run of this program left in --output_dir.")
-    upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of the training precision.")
-    logging_dir: str = flag("logs", "Folder of the trackers' files, below --output_dir unless absolute.")
-    report_to: str = flag("none", "Trackers accelerate knows, separated by commas: wandb, tensorboard, ...; or all.")
-    push_to_hub: bool = flag(False, "Upload LoRA, card, pictures and config.json to the hub after training.")
-    hub_model_id: str | None = flag(None, "Repository to upload to. Default: your account, name of --output_dir.")
-    hub_token: str | None = flag(None, "For the hub. Default: that of `hf auth login` or HF_TOKEN.", is_secret=True)
-    hub_private_repo: bool = flag(False, "Make the repository private if it is new.")
-    demo: bool = flag(False, "Train a tiny random model on drawn pictures, both made under --output_dir.")
 
     @property
     def trackers(self) -> list[str]:
-        """The names in `--report_to`; empty for none."""
-        names = dict.fromkeys(re.findall(r"[^\s,]+", self.report_to))
-        return [name for name in names if name != "none"]
+        """Return the names in `--report_to`, an empty list for none."""
+        return [name for name in dict.fromkeys(re.findall(r"[^\s,]+", self.report_to)) if name != "none"]
 
     @property
     def repository(self) -> str:
-        """The repository that `--push_to_hub` uploads to."""
+        """Return the repository that `--push_to_hub` uploads to."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
-    def check(self) -> None:
-        """Refuse a name that no repository can have, and a token that is none."""
-        is_token = self.hub_token is None or re.fullmatch(r"[!-~]+", self.hub_token) is not None
-        require(is_token, "--hub_token holds a line break, a space or a letter that no token has; copy it again")
-        require(
-            not self.push_to_hub or re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", self.repository, re.A) is not None,
-            f"--hub_model_id {self.repository} is no name of a repository; give one such as user/my-lora",
-        )
-# fmt: on
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(
-    ModelConfig, DataConfig, CacheConfig, LoraSettings, ObjectiveConfig, OptimizerConfig, TrainingConfig,
-    HardwareConfig, ValidationConfig, OutputConfig,
-):  # fmt: skip
-    """LoRA DreamBooth fine-tuning of Z-Image."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, naming the flags, before anything is loaded."""
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
+def misfits(cfg: Config) -> Iterator[str]:
+    """Yield a sentence for every value outside the type or the bounds of its flag."""
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(cfg):
+        value, hint = getattr(cfg, field.name), hints[field.name]
+        if not matches(value, hint):
             kind = " or ".join(re.findall(r"'(\w+)'", str(hint))) or str(hint)
             shown = "this value" if field.metadata["is_secret"] else repr(value)
-            require(matches(value, hint), f"--{field.name} does not take {shown}; it takes {kind}")
-            is_given = value != "" or field.name.endswith("prompt")
-            require(is_given, f"--{field.name} is empty; give a value or leave it out")
-            for name, bound in field.metadata["bounds"].items():
-                holds, words = BOUNDS[name]
-                require(value is None or holds(value, bound), f"--{field.name} {words} {bound}, got {value}")
-        for group in Config.__bases__:
-            group.check(self)
+            yield f"--{field.name} does not accept {shown}; it accepts {kind}"
+        if value == "" and not field.name.endswith("prompt"):
+            yield f"--{field.name} is empty; give it a value or leave it out"
+        for name, bound in field.metadata["bounds"].items():
+            holds, words = BOUNDS[name]
+            if value is not None and not holds(value, bound):
+                yield f"--{field.name} {words} {bound}, got {value}"
+
+
+def contradictions(cfg: Config) -> Iterator[str]:
+    """Yield a sentence for every combination of values that cannot work."""
+    if cfg.pretrained_model_name_or_path is None:
+        example = "a folder or a Hub name such as Tongyi-MAI/Z-Image (or try --demo, which needs none)"
+        yield f"--pretrained_model_name_or_path is required: {example}"
+    if (cfg.instance_data_dir is None) == (cfg.dataset_name is None):
+        yield "the images come from --instance_data_dir or from --dataset_name; give exactly one of them"
+    if cfg.caption_column is not None and cfg.dataset_name is None:
+        yield "--caption_column requires --dataset_name; in a folder, use NAME.txt files or metadata.jsonl"
+    if cfg.with_prior_preservation and None in (cfg.class_data_dir, cfg.class_prompt):
+        yield '--with_prior_preservation needs --class_data_dir and --class_prompt ("a photo of dog")'
+    for name in ("mixed_precision", "prior_generation_precision"):
+        if getattr(cfg, name) == "fp16":
+            yield NO_FP16.format(f"--{name}")
+    for side in itertools.chain.from_iterable(parse_buckets(cfg.aspect_ratio_buckets)):
+        if side < 16 or side % 16:
+            yield f"--aspect_ratio_buckets: sides must be multiples of 16, got {side}"
+    shift = re.fullmatch(r"\d+\.?\d*|\.\d+", cfg.timestep_shift)
+    if cfg.timestep_shift != "scheduler" and (shift is None or float(shift[0]) == 0):
+        yield f"--timestep_shift accepts a number above 0 or 'scheduler', got {cfg.timestep_shift!r}"
+    if (cfg.lr_scheduler == "piecewise_constant") != (cfg.lr_step_rules is not None):
+        yield "--lr_scheduler piecewise_constant and --lr_step_rules require each other"
+    if not re.fullmatch(r"(\d{1,9}(\.\d+)?:\d{1,9},)*\d{1,9}(\.\d+)?", cfg.lr_step_rules or "1"):
+        form = "'factor:until_step,...,factor', such as 1:100,0.1"
+        yield f"--lr_step_rules must have the form {form}; got {cfg.lr_step_rules!r}"
+    if cfg.lr_scheduler == "polynomial" and cfg.learning_rate <= 1e-7:
+        yield "--lr_scheduler polynomial decays to 1e-7; --learning_rate must be above that"
+    formats = ("quantization", "do_fp8_training", "bnb_quantization_config_path")
+    given = [f"--{name}" for name in formats if getattr(cfg, name)]
+    if len(given) > 1:
+        yield f"{' and '.join(given)} set the format of the same weights; give only one of them"
+    if cfg.enable_npu_flash_attention and cfg.attention_backend not in ("native", cfg.attention):
+        yield f"--enable_npu_flash_attention contradicts --attention_backend {cfg.attention_backend}"
+    if cfg.hub_token is not None and not re.fullmatch(r"[!-~]+", cfg.hub_token):
+        yield "--hub_token contains a line break, a space, or a letter that no token has; copy it again"
+    if cfg.push_to_hub and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", cfg.repository, re.A):
+        yield f"--hub_model_id {cfg.repository} is not a valid repository name; use one such as user/my-lora"
+    if cfg.overwrite_output_dir and cfg.resume_from_checkpoint is not None:
+        yield "--overwrite_output_dir would remove what --resume_from_checkpoint resumes; give only one of them"
+
+
+def parse_buckets(text: str | None) -> list[tuple[int, int]]:
+    """Parse 'height,width;height,width;...' (None gives an empty list). Raises UserError for anything else."""
+    is_list = re.fullmatch(r"(\s*\d+\s*,\s*\d+\s*(;|$))+\s*", text or "1,1") is not None
+    require(is_list, f"--aspect_ratio_buckets must have the form 'height,width;height,width;...', got {text!r}")
+    numbers = [int(number) for number in re.findall(r"\d+", text or "")]
+    return list(zip(numbers[::2], numbers[1::2]))
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Tell whether a value has the type of a field; argparse sees to that, JSON files and notebooks do not."""
+    """Tell whether a value has the type of a field. argparse checks flags, but not JSON files or notebooks."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(matches(value, option) for option in options)
+    if type(None) in options:
+        return value is None or matches(value, options[0])
     if origin is Literal:
         return value in options
     if origin is tuple:
@@ -443,7 +469,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def is_text(value: str) -> bool:
-    """Tell whether a string can be written as UTF-8; bytes that were none come from a shell as lone surrogates."""
+    """Tell whether a string can be encoded as UTF-8; a shell passes other bytes on as lone surrogates."""
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
 
 
@@ -455,14 +481,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120),
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="JSON of settings, such as an earlier run's config.json"
-    )
-    for group in Config.__bases__:
-        section, hints = parser.add_argument_group(group.__doc__), typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
-            names = (f"--{field.name}", *field.metadata["aliases"])
-            section.add_argument(*names, **argparse_options(field, hints[field.name]))
+    parser.add_argument("--config", metavar="FILE", type=Path, help="JSON of settings, such as a run's config.json")
+    hints, group = typing.get_type_hints(Config), parser
+    for field in dataclasses.fields(Config):
+        group = parser.add_argument_group(HEADINGS[field.name]) if field.name in HEADINGS else group
+        names = (f"--{field.name}", *field.metadata["aliases"])
+        group.add_argument(*names, **argparse_options(field, hints[field.name]))
     try:
         if parser.parse_known_args(argv)[0].demo:
             parser.set_defaults(**demo_settings("z-image-demo"))
@@ -478,8 +502,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def argparse_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    """Translate one typed dataclass field into keyword arguments of `ArgumentParser.add_argument`."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    """Translate one typed dataclass field into keyword arguments for `ArgumentParser.add_argument`."""
+    if type(None) in typing.get_args(hint):
         hint = typing.get_args(hint)[0]  # `X | None`: the flag takes an X, leaving it out means None
     if hint is bool:
         options = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
@@ -494,45 +518,31 @@ def argparse_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
 
 
 def parse_bool(text: str) -> bool:
-    """Read true or false: `--flag` alone means true, `--flag false` turns off a flag that is on by default."""
+    """Parse true or false: `--flag` alone means true, `--flag false` turns off a flag that is on by default."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"
 
 
-def read_json_object(name: str, file: Path) -> dict[str, Any]:
-    """Read a JSON file that a flag names. Raises UserError, calling it by that name, if it holds no object."""
-    with explained(f"{name} cannot be read as JSON"):
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    require(isinstance(content, dict), f"{name} must hold one JSON object")
-    return content
-
-
 def read_settings(file: Path) -> dict[str, Any]:
-    """Read a saved config.json, less the record of its environment. Raises UserError if it is none."""
+    """Read a saved config.json without its record of the environment. Raises UserError for unknown settings."""
     settings = read_json_object(f"--config {file}", file)
     settings.pop("environment", None)
     unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(Config)})
-    require(not unknown, f"--config {file} has settings that do not exist: {', '.join(unknown)}")
+    require(not unknown, f"--config {file} contains unknown settings: {', '.join(unknown)}")
     return settings
 
 
 def demo_settings(output_dir: str) -> dict[str, Any]:
-    """List the small numbers of `--demo`; flags given beside it win."""
-    places = {
-        "output_dir": output_dir, "pretrained_model_name_or_path": f"{output_dir}/demo-model",
-        "instance_data_dir": f"{output_dir}/demo-pictures", "cache_dir": f"{output_dir}/demo-cache",
-    }  # fmt: skip
-    prompts = {
-        "instance_prompt": "a photo of sks badge",
-        "validation_prompt": ("a sks badge on a table", "桌子上的sks徽章"),
-    }  # fmt: skip
-    numbers = {
+    """List the settings of `--demo`; flags given with it win."""
+    return {
+        "demo": True, "output_dir": output_dir, "pretrained_model_name_or_path": f"{output_dir}/demo-model",
+        "instance_data_dir": f"{output_dir}/demo-images", "cache_dir": f"{output_dir}/demo-cache",
+        "instance_prompt": "a photo of sks badge", "validation_prompt": ("a sks badge on a table", "桌子上的sks徽章"),
         "resolution": 64, "use_aspect_ratio_buckets": True, "cache_latents": True, "random_flip": True, "rank": 4,
         "learning_rate": 1e-3, "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 40,
         "checkpointing_steps": 20, "validation_steps": 20, "num_validation_images": 2, "num_inference_steps": 6,
     }  # fmt: skip
-    return {"demo": True} | places | prompts | numbers
 
 
 def advice(cfg: Config) -> Iterator[str]:
@@ -542,51 +552,51 @@ def advice(cfg: Config) -> Iterator[str]:
         if getattr(cfg, name) is not None:
             yield f"--{name} is accepted for old commands and has no effect"
     if cfg.fsdp_text_encoder:
-        yield "--fsdp_text_encoder has no effect: prompts are encoded before training, the encoder is gone by then"
+        yield "--fsdp_text_encoder has no effect: the text encoder is freed before training"
     if cfg.has_8bit_state:
-        yield "--use_8bit_adam saves little: AdamW in fp32 costs only 240 MB more, at rank 16 with the default layers"
+        yield "--use_8bit_adam saves little: 240 MB compared with fp32 AdamW, at rank 16 with the default layers"
     elif cfg.use_8bit_adam:
         yield "--use_8bit_adam is ignored with --optimizer prodigy"
     if cfg.gradient_checkpointing and uses_fsdp_checkpointing():
-        yield "--gradient_checkpointing: FSDP's own activation checkpointing is used instead, not both"
+        yield "--gradient_checkpointing: FSDP's own activation checkpointing is used instead"
     if cfg.revision is not None and os.path.exists(cfg.pretrained_model_name_or_path):
         yield "--revision has no effect on a local folder"
     if not cfg.push_to_hub and (cfg.hub_model_id is not None or cfg.hub_private_repo):
         yield "--hub_model_id and --hub_private_repo have no effect without --push_to_hub"
     if cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"):
-        yield f"--lr_scheduler {cfg.lr_scheduler} has no warm-up; --lr_warmup_steps counts with constant_with_warmup"
+        yield f"--lr_warmup_steps has no effect with --lr_scheduler {cfg.lr_scheduler}; use constant_with_warmup"
     elif cfg.lr_warmup_steps >= (cfg.max_train_steps or math.inf):
-        yield f"--lr_warmup_steps {cfg.lr_warmup_steps} is as long as the run, which never reaches its full rate"
+        yield f"--lr_warmup_steps {cfg.lr_warmup_steps} covers the whole run: it never reaches the full learning rate"
     if cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1:
-        yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which multiplies it by an estimate; use 1.0"
+        yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which scales it by its estimate; use 1.0"
     if not cfg.with_prior_preservation and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
         yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
     if cfg.validation_prompt is not None and cfg.final_validation_prompt is not None:
-        yield "--final_validation_prompt is not used beside --validation_prompt"
+        yield "--final_validation_prompt has no effect with --validation_prompt"
     if cfg.cache_latents:
-        yield "--cache_latents: every picture is cropped at its centre" + ", with its mirror image" * cfg.random_flip
+        yield "--cache_latents: every image is cropped at its center" + ", with its mirror image" * cfg.random_flip
     if launcher not in ("no", cfg.mixed_precision):
-        yield f"accelerate's configuration says {launcher}, but --mixed_precision {cfg.mixed_precision} is what counts"
+        yield f"--mixed_precision {cfg.mixed_precision} overrides {launcher} in the accelerate configuration"
 
 
-def uses_fsdp() -> bool:
-    """Tell whether accelerate's configuration shards the transformer."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+def is_on(variable: str) -> bool:
+    """Tell whether an environment variable, which is how accelerate passes on its configuration, is true."""
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def uses_fsdp_checkpointing() -> bool:
-    """Tell whether accelerate's configuration has FSDP recompute activations."""
-    return uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
+    """Tell whether the accelerate configuration makes FSDP recompute activations."""
+    return is_on("ACCELERATE_USE_FSDP") and is_on("FSDP_ACTIVATION_CHECKPOINTING")
 
 
 def shareable_settings(cfg: Config) -> dict[str, Any]:
-    """List the settings without secrets: for files, trackers and cards."""
+    """List the settings without secrets, for files, trackers, and cards."""
     shareable = [field.name for field in dataclasses.fields(cfg) if not field.metadata["is_secret"]]
     return {name: getattr(cfg, name) for name in shareable}
 
 
 def redact(text: str, cfg: Config) -> str:
-    """Replace secrets, of flags and of the environment, by stars: for all that is printed, logged or sent."""
+    """Replace secrets from flags and from the environment with asterisks in whatever is printed, logged, or sent."""
     secrets = [getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.metadata["is_secret"]]
     secrets += [os.environ.get(name) for name in ("HF_TOKEN", "WANDB_API_KEY")]
     for secret in filter(None, secrets):
@@ -594,61 +604,18 @@ def redact(text: str, cfg: Config) -> str:
     return text
 
 
-def sha256(content: bytes) -> str:
-    """Hash bytes, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def derive_seed(*parts: Any) -> int:
-    """Turn (seed, purpose, number, ...) into a seed of 63 bits: a pure function, the source of all randomness here."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder written to the disk now."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a file or folder that is whole its name, for good."""
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there. All but metrics.jsonl is written so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        put_in_place(temporary, path)
-    except BaseException as error:  # a full disk, a signal: leave nothing behind
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        raise
-
-
 # =====================================================================================================================
-# Data plan
+# Plan
 # =====================================================================================================================
-
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 CAPTION_SUFFIXES = (".txt", ".caption")
-warnings.filterwarnings("ignore", module="PIL")  # about pictures that it reads all the same
+warnings.filterwarnings("ignore", module="PIL")  # about images that it reads anyway
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as the run will use it; sides are (height, width) in pixels."""
+    """One image as the run uses it; sizes are (height, width) in pixels."""
 
     path: Path
     size: tuple[int, int]
@@ -656,18 +623,35 @@ class Sample:
     prompt: str
     has_caption: bool
     is_prior: bool
-    digest: str = ""  # SHA-256 of the file; empty for a class picture that is still to be generated
+    digest: str = ""  # SHA-256 of the file; empty for a class image that is yet to be generated
 
 
-class Draw(NamedTuple):
-    """One example of the endless stream: its place in it, and which sample it shows."""
+class Example(NamedTuple):
+    """One element of the endless stream: its position there, and the index of the sample it shows."""
 
     number: int
     sample: int
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers that follow from config, data, and the number of processes; a step is one optimizer step."""
+
+    micro_batch: int  # images in one forward pass of all processes
+    total_batch: int  # images in one step
+    epoch_examples: int
+    max_train_steps: int
+    validation_interval: int  # examples between two validations
+    first_step: int  # the checkpoint's, else 0
+
+    def is_validation_step(self, step: int) -> bool:
+        """Tell whether images are due after `step` steps: at the start, and whenever an interval is complete."""
+        done, before = (n * self.total_batch // self.validation_interval for n in (step, step - 1))
+        return step < self.max_train_steps and (step == 0 or done > before)
+
+
 def find_files(folder: Path) -> list[Path]:
-    """List what lies below a folder in sorted order; hidden folders are listed, but not entered."""
+    """List the files below a folder in sorted order; hidden folders are listed but not entered."""
     found = []
     for parent, folders, names in os.walk(folder):
         found += [Path(parent, name) for name in names + [name for name in folders if name.startswith(".")]]
@@ -675,54 +659,35 @@ def find_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark. Raises UserError if it is in another encoding."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it again as UTF-8") from error
-
-
-def read_metadata(file: Path, pictures: set[Path]) -> dict[Path, str]:
-    """Read the captions of one metadata.jsonl. Raises UserError for a picture that is not there, or a bad caption."""
+def read_metadata(file: Path, images: set[Path]) -> dict[Path, str]:
+    """Read the captions in a metadata.jsonl. Raises UserError for an image that does not exist or a bad caption."""
     captions = {}
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{file}, line {number}"
-        with explained(f'{place} is not a JSON object with "file_name"', "mend or remove the line"):
+        with explained(f'{place} is not a JSON object with "file_name"', "fix or remove the line"):
             row = json.loads(line)
-            picture = Path(os.path.normpath(file.parent / row["file_name"]))
-        require(picture in pictures, f"{place} names {row['file_name']}, which is no picture there; mend the line")
+            image = Path(os.path.normpath(file.parent / row["file_name"]))
+        require(image in images, f"{place} names {row['file_name']}, which is not an image there; fix the line")
         caption = next((row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None), None)
         if caption is not None:
             is_caption = isinstance(caption, str) and is_text(caption)
             require(is_caption, f"{place}: the caption {caption!r} is not text; put it in quotes")
-            captions[picture] = caption.strip()
+            captions[image] = caption.strip()
     return captions
 
 
-def read_caption(picture: Path, metadata: dict[Path, str]) -> str | None:
-    """Find a picture's own caption: NAME.txt, else NAME.caption, else metadata.jsonl."""
+def read_caption(image: Path, metadata: dict[Path, str]) -> str | None:
+    """Find an image's own caption: NAME.txt, else NAME.caption, else metadata.jsonl."""
     for suffix in CAPTION_SUFFIXES:
-        beside = picture.with_suffix(suffix)
-        if os.path.isfile(beside):  # unlike Path.is_file, false for a name that is too long
-            return read_text(beside).strip()
-    return metadata.get(picture)
+        file = image.with_suffix(suffix)
+        if os.path.isfile(file):  # unlike Path.is_file, false for a name that is too long
+            return read_text(file).strip()
+    return metadata.get(image)
 
 
-def read_size(path: Path) -> tuple[int, int] | None:
-    """Read (height, width) from a picture's header, EXIF rotation applied; None if Pillow cannot."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            is_turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (width, height) if is_turned else (height, width)  # Pillow gives a TIFF's size upright
-    except Exception:  # Pillow's readers raise almost anything on damaged files
-        return None
-
-
-def load_picture(path: Path) -> Image.Image:
+def load_image(path: Path) -> Image.Image:
     """Decode the first frame to upright 8-bit RGB, transparency over white. Raises whatever Pillow does on damage."""
     with Image.open(path) as image:
         image.load()
@@ -739,8 +704,25 @@ def load_picture(path: Path) -> Image.Image:
     return white.convert("RGB")
 
 
+def cache_file(folder: Path, kind: str, *ingredients: Any) -> Path:
+    """Name a cache file after everything its content depends on, so that changed ingredients cannot hit."""
+    return folder / kind / sha256(json.dumps(ingredients).encode())
+
+
+def measure(path: Path, digest: str, cfg: Config) -> tuple[int, int]:
+    """Return (height, width); decodes each image once, to know that it is intact. Raises UserError if it is not."""
+    memo = cache_file(cfg.encodings_folder, "sizes", digest)
+    size = re.fullmatch(rb"([1-9]\d*) x ([1-9]\d*)", memo.read_bytes() if memo.is_file() else b"")
+    if size is not None:
+        return int(size[1]), int(size[2])
+    with explained(f"{path} is damaged or not an image"):
+        width, height = load_image(path).size
+    write_file(memo, f"{height} x {width}".encode())
+    return height, width
+
+
 def make_buckets(resolution: int) -> list[tuple[int, int]]:
-    """Make (height, width) pairs of at most resolution x resolution pixels, from 1:4 over the square to 4:1."""
+    """Make (height, width) pairs of at most resolution x resolution pixels, from 1:4 through square to 4:1."""
     step = max(16, resolution // 16 // 16 * 16)
     short_sides = range(resolution, resolution // 2 - 1, -step)
     pairs = [(short, resolution * resolution // short // 16 * 16) for short in short_sides if short >= 16]
@@ -748,15 +730,15 @@ def make_buckets(resolution: int) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:
-    """Pick the bucket of the nearest aspect ratio on a logarithmic scale; among equals, of the nearest area."""
+    """Choose the bucket with the nearest aspect ratio on a logarithmic scale; among equals, the nearest area."""
     height, width = size
     aspects = [round(abs(math.log(height / width) - math.log(bucket[0] / bucket[1])), 9) for bucket in buckets]
     areas = [abs(math.log(height * width) - math.log(bucket[0] * bucket[1])) for bucket in buckets]
     return min(zip(aspects, areas, buckets))[2]
 
 
-def choose_bucket(size: tuple[int, int], cfg: DataConfig) -> tuple[int, int] | None:
-    """Assign a picture to its bucket; automatic buckets shrink until they fit inside it, None if none does."""
+def choose_bucket(size: tuple[int, int], cfg: Config) -> tuple[int, int] | None:
+    """Assign an image to its bucket; automatic buckets shrink until one fits inside the image, None if none does."""
     if cfg.aspect_ratio_buckets is not None:
         return nearest_bucket(size, parse_buckets(cfg.aspect_ratio_buckets))
     if not cfg.use_aspect_ratio_buckets:
@@ -768,367 +750,335 @@ def choose_bucket(size: tuple[int, int], cfg: DataConfig) -> tuple[int, int] | N
     return None
 
 
-class Scan(NamedTuple):
-    """What a folder holds: usable samples, what is wrong with other pictures, other files."""
-
-    samples: list[Sample]
-    unusable: list[str]
-    others: list[Path]
-
-
-def scan_pictures(folder: Path, prompt: str | None, is_prior: bool, cfg: DataConfig) -> Scan:
-    """Read headers and captions of all pictures below a folder. Raises UserError for a bad or missing caption."""
-    files = find_files(Path(os.path.normpath(folder)))
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -> list[Sample]:
+    """Turn the images below a folder into samples and name what is skipped. Raises UserError for a bad caption."""
+    files, samples = find_files(Path(os.path.normpath(folder))), []
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    images = [path for path in images if path.is_file()]  # reading a FIFO would never end
     tables = [path for path in files if path.name == "metadata.jsonl" and path.is_file()]
-    captions = {key: text for table in tables for key, text in read_metadata(table, set(pictures)).items()}
-    known = {*pictures, *tables, *(path.with_suffix(suffix) for path in pictures for suffix in CAPTION_SUFFIXES)}
-    scan = Scan([], [], [path for path in files if path not in known])
-    for path in pictures:
-        size = read_size(path) if path.is_file() else None  # a fifo would never end
-        bucket = size and choose_bucket(size, cfg)
-        if bucket is None:
-            why = f"is too small for any bucket ({size[0]} x {size[1]})" if size else "cannot be read as a picture"
-            scan.unusable.append(f"{path} {why}")
+    captions = {image: text for table in tables for image, text in read_metadata(table, set(images)).items()}
+    known = {*images, *tables, *(path.with_suffix(suffix) for path in images for suffix in CAPTION_SUFFIXES)}
+    others = [path for path in files if path not in known]
+    is_apple = any(path.suffix.lower() in (".heic", ".heif") for path in others)
+    names = ", ".join(path.name for path in others[:10]) + ", ..." * (len(others) > 10)
+    if others:
+        say(f"ignored: {names}" + " (convert HEIC images first, for example to JPEG)" * is_apple)
+    for path in images:
+        digest = sha256(path.read_bytes())
+        try:
+            size = measure(path, digest, cfg)
+            bucket = choose_bucket(size, cfg)
+            require(bucket is not None, f"{path} is too small for any bucket ({size[0]} x {size[1]})")
+        except UserError as error:
+            say(f"warning: {error}; skipped")
             continue
         caption = read_caption(path, captions)
         text = prompt if caption is None else caption
-        column = ", or name the data set's captions in --caption_column" * (cfg.dataset_name is not None)
-        require(text is not None, f"--instance_prompt is required: {path} has no caption of its own{column}")
-        scan.samples.append(Sample(path, size, bucket, text, caption is not None, is_prior))
-    return scan
+        column = ", or name the dataset's captions with --caption_column" * (cfg.dataset_name is not None)
+        require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
+        samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest))
+    return samples
 
 
-def scan_instances(folder: Path, cfg: DataConfig) -> Scan:
-    """Scan the instance pictures. Raises UserError if there is nothing to learn from."""
+def plan_samples(cfg: Config) -> list[Sample]:
+    """Decide which images the run uses, and how. Raises UserError if there are no instance images."""
+    folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
     origin = f"--instance_data_dir {folder}" if cfg.dataset_name is None else f"--dataset_name {cfg.dataset_name}"
-    require(folder.is_dir(), f"{origin} does not exist or is no folder; name the folder that holds the pictures")
-    scan = scan_pictures(folder, cfg.instance_prompt, False, cfg)
-    damaged = f" ({scan.unusable[0]})" if scan.unusable else ""
+    require(folder.is_dir(), f"{origin} does not exist or is not a folder; name the folder with your images")
+    samples = scan_images(folder, cfg.instance_prompt, False, cfg)
     kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-    require(bool(scan.samples), f"{origin} holds no picture that can be used{damaged}; put some in it: {kinds}")
-    return scan
+    require(bool(samples), f"{origin} contains no usable image; add some: {kinds}")
+    samples += plan_class_images(cfg) if cfg.with_prior_preservation else []
+    return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
 
 
-def scan_classes(cfg: DataConfig) -> Scan:
-    """Scan the class pictures there are so far; none without prior preservation."""
-    if not cfg.with_prior_preservation or not Path(cfg.class_data_dir).is_dir():
-        return Scan([], [], [])
-    return scan_pictures(Path(cfg.class_data_dir), cfg.class_prompt, True, cfg)
-
-
-def encodings_folder(cfg: CacheConfig) -> Path:
-    """Locate the folder of cached encodings: below `--cache_dir`, else below the Hugging Face home."""
-    from huggingface_hub import constants
-
-    return Path(cfg.cache_dir or constants.HF_HOME) / "z-image-encodings"
-
-
-def cache_file(folder: Path, kind: str, *ingredients: Any) -> Path:
-    """Name a cache file after everything its content depends on, so that changed ingredients cannot hit."""
-    return folder / kind / sha256(json.dumps(ingredients).encode())
-
-
-def verify_pictures(samples: list[Sample], folder: Path) -> list[Sample]:
-    """Decode every new picture once, remembering good ones by content; damaged ones are left out with a warning."""
-    good = []
-    for sample in samples:
-        digest = sha256(sample.path.read_bytes())
-        seen = cache_file(folder, "decoded", digest)
-        if not seen.exists():
-            try:
-                load_picture(sample.path)
-            except Exception as error:  # as in read_size
-                say(f"warning: {sample.path} is damaged and will be left out: {error}")
-                continue
-            write_file(seen, b"")
-        good.append(dataclasses.replace(sample, digest=digest))
-    return good
-
-
-def plan_samples(cfg: Config, instance_folder: Path) -> list[Sample]:
-    """Decide which pictures the run uses, and how. Raises UserError if no instance picture is left."""
-    instances, classes = scan_instances(instance_folder, cfg), scan_classes(cfg)
-    for scan in (instances, classes):
-        if scan.others:
-            names = ", ".join(path.name for path in scan.others[:10]) + ", ..." * (len(scan.others) > 10)
-            is_apple = any(path.suffix.lower() in (".heic", ".heif") for path in scan.others)
-            say(f"left alone: {names}" + " (HEIC pictures must be converted, to JPEG for example)" * is_apple)
-        for problem in scan.unusable:
-            say(f"warning: {problem} and will be left out")
-    samples = verify_pictures([*instances.samples, *classes.samples], encodings_folder(cfg))
-    is_any_left = any(not sample.is_prior for sample in samples)
-    require(is_any_left, f"every picture in {instance_folder} is damaged; export them again from their source")
-    samples += plan_class_images(cfg, sum(sample.is_prior for sample in samples))
-    return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream draws by place in the list
-
-
-def plan_class_images(cfg: DataConfig, present: int) -> list[Sample]:
-    """Name the class pictures that are still to be generated; none without prior preservation."""
-    if not cfg.with_prior_preservation:
-        return []
-    names = (Path(os.path.normpath(cfg.class_data_dir)) / f"class-{number:05d}.png" for number in itertools.count())
-    free = itertools.islice((path for path in names if not path.exists()), max(0, cfg.num_class_images - present))
-    size = (training_side(cfg), training_side(cfg))
-    bucket = choose_bucket(size, cfg)
-    return [Sample(path, size, bucket, cfg.class_prompt, has_caption=False, is_prior=True) for path in free]
+def plan_class_images(cfg: Config) -> list[Sample]:
+    """Find the class images, and name those that are yet to be generated."""
+    folder, side = Path(os.path.normpath(cfg.class_data_dir)), cfg.training_side
+    present = scan_images(folder, cfg.class_prompt, True, cfg)
+    names = (folder / f"class-{number:05d}.png" for number in itertools.count())
+    free = itertools.islice((path for path in names if not path.exists()), max(0, cfg.num_class_images - len(present)))
+    bucket = choose_bucket((side, side), cfg)
+    return present + [Sample(path, (side, side), bucket, cfg.class_prompt, False, True) for path in free]
 
 
 def export_dataset(cfg: Config) -> Path:
-    """Write the pictures and captions of `--dataset_name` to a folder: the rest of the program knows only folders."""
+    """Write the images and captions of `--dataset_name` to a folder: everything else here only knows folders."""
     import datasets
 
     cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
     with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded"):
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
     split = next(iter(splits)) if len(splits) == 1 else "train"
-    require(split in splits, f"--dataset_name {cfg.dataset_name} has no split train, but {', '.join(splits)}")
+    require(split in splits, f"--dataset_name {cfg.dataset_name} has no split train, only {', '.join(splits)}")
     table = splits[split]
-    columns = ", ".join(table.column_names)
-    for name, column in (("image_column", cfg.image_column), ("caption_column", cfg.caption_column)):
-        is_there = column in (None, *table.column_names)
-        require(is_there, f"--{name} {column} is no column of the dataset; it has {columns}")
+    for name in ("image_column", "caption_column"):
+        is_there, columns = getattr(cfg, name) in (None, *table.column_names), ", ".join(table.column_names)
+        require(is_there, f"--{name} {getattr(cfg, name)} is not a column of the dataset, which has {columns}")
     texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) == "string"]
     if texts and cfg.caption_column is None:
-        say(f"--dataset_name: no captions are taken; --caption_column takes them from {' or '.join(texts)}")
-    kind = table.features[cfg.image_column]
-    require(isinstance(kind, datasets.Image), f"--image_column {cfg.image_column} holds no pictures but {kind}")
-    pictures = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
-    require(None not in pictures, f"--dataset_name {cfg.dataset_name} has rows without a picture; remove them")
-    captions = list(table[cfg.caption_column]) if cfg.caption_column else [None] * len(pictures)
-    are_texts = all(caption is None or isinstance(caption, str) for caption in captions)
-    require(are_texts, f"--caption_column {cfg.caption_column} holds no text")
-    names = [f"{number:06d}-{sha256(picture_bytes(picture))[:16]}.png" for number, picture in enumerate(pictures)]
+        say(f"--dataset_name: captions are not used; --caption_column takes them from {' or '.join(texts)}")
+    with explained(f"--image_column {cfg.image_column} does not contain images"):
+        images = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
+        contents = [image["bytes"] or Path(image["path"]).read_bytes() for image in images]
+    captions = table[cfg.caption_column] if cfg.caption_column else [None] * len(contents)
+    names = [f"{number:06d}-{sha256(content)[:16]}.png" for number, content in enumerate(contents)]
     rows = [{"file_name": name, "text": caption} for name, caption in zip(names, captions)]
     metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    folder = encodings_folder(cfg) / "datasets" / sha256(metadata)
-    for name, picture in zip(names, pictures):
+    folder = cfg.encodings_folder / "datasets" / sha256(metadata)
+    for name, content in zip([*names, "metadata.jsonl"], [*contents, metadata]):
         if not (folder / name).exists():
-            write_file(folder / name, picture_bytes(picture))
-    write_file(folder / "metadata.jsonl", metadata)
+            write_file(folder / name, content)
     return folder
 
 
-def picture_bytes(picture: dict[str, Any]) -> bytes:
-    """Read an undecoded picture of a dataset: inline bytes, else a file."""
-    return picture["bytes"] or Path(picture["path"]).read_bytes()
-
-
-def endless(indices: list[int], kind: str, seed: int) -> Iterator[int]:
-    """Yield the indices epoch after epoch, each time in a fresh order that follows from the seed alone."""
+def shuffle_epochs(indices: list[int], kind: str, seed: int) -> Iterator[int]:
+    """Yield the indices epoch after epoch, without end, each epoch in a new order that depends only on the seed."""
     for epoch in itertools.count():
         yield from random.Random(derive_seed(seed, kind, epoch)).sample(indices, len(indices))
 
 
-def example_stream(samples: list[Sample], cfg: Config) -> Iterator[Draw]:
-    """Yield the endless sequence of examples; with prior preservation, instance and class pictures in turn."""
+def example_stream(samples: list[Sample], cfg: Config) -> Iterator[Example]:
+    """Yield the endless sequence of examples; with prior preservation, instance and class images alternate."""
     instances = [index for index, sample in enumerate(samples) if not sample.is_prior]
     classes = [index for index, sample in enumerate(samples) if sample.is_prior]
-    draws = endless(instances * cfg.repeats, "instance order", cfg.seed)
+    indices = shuffle_epochs(instances * cfg.repeats, "instance order", cfg.seed)
     if classes:
-        draws = itertools.chain.from_iterable(zip(draws, endless(classes, "class order", cfg.seed)))
-    return (Draw(number, sample) for number, sample in enumerate(draws))
+        indices = itertools.chain.from_iterable(zip(indices, shuffle_epochs(classes, "class order", cfg.seed)))
+    return (Example(number, sample) for number, sample in enumerate(indices))
 
 
-def micro_batches(samples: list[Sample], cfg: Config, size: int) -> Iterator[list[Draw]]:
-    """Group the stream into batches of one bucket: a queue per bucket, which leaves when it is `size` long."""
-    queues: dict[tuple[int, int], list[Draw]] = collections.defaultdict(list)
-    for draw in example_stream(samples, cfg):
-        queue = queues[samples[draw.sample].bucket]
-        queue.append(draw)
+def micro_batches(samples: list[Sample], cfg: Config, size: int) -> Iterator[list[Example]]:
+    """Group the stream into batches of one bucket each: a queue per bucket, which leaves when it is `size` long."""
+    queues: dict[tuple[int, int], list[Example]] = collections.defaultdict(list)
+    for example in example_stream(samples, cfg):
+        queue = queues[samples[example.sample].bucket]
+        queue.append(example)
         if len(queue) == size:
             yield queue[:]
             queue.clear()
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The numbers that follow from config, data and the count of processes; a step is one optimizer step."""
-
-    micro_batch: int  # pictures of all processes in one forward pass
-    total_batch: int  # pictures in one step
-    epoch_examples: int
-    max_train_steps: int
-    validation_interval: int  # examples between two validations
-    timestep_shift: float
-    first_step: int  # where the checkpoint left the run, else 0
-
-    def epoch(self, step: int) -> float:
-        """Tell how many epochs the first `step` steps have covered."""
-        return step * self.total_batch / self.epoch_examples
-
-    def is_validation_step(self, step: int) -> bool:
-        """Tell whether pictures are due after `step` steps: at the start, and whenever an interval is complete."""
-        done, before = step * self.total_batch, (step - 1) * self.total_batch
-        is_complete = done // self.validation_interval > before // self.validation_interval
-        return step < self.max_train_steps and (step == 0 or is_complete)
-
-
-def make_schedule(
-    cfg: Config, samples: list[Sample], num_processes: int = 1, timestep_shift: float = 1.0, first_step: int = 0
-) -> Schedule:
-    """Compute the run's arithmetic once."""
+def make_schedule(cfg: Config, samples: list[Sample], num_processes: int = 1, first_step: int = 0) -> Schedule:
+    """Compute the numbers of the run, once."""
     micro_batch = cfg.train_batch_size * num_processes
     total_batch = micro_batch * cfg.gradient_accumulation_steps
     instances = sum(not sample.is_prior for sample in samples) * cfg.repeats
     epoch_examples = instances * (2 if cfg.with_prior_preservation else 1)
     by_epochs = math.ceil((cfg.num_train_epochs or 0) * epoch_examples / total_batch)
-    by_steps = cfg.validation_steps and cfg.validation_steps * total_batch
-    return Schedule(
-        micro_batch=micro_batch, total_batch=total_batch, epoch_examples=epoch_examples, first_step=first_step,
-        max_train_steps=cfg.max_train_steps or by_epochs or 1500, timestep_shift=timestep_shift,
-        validation_interval=by_steps or cfg.validation_epochs * epoch_examples,
-    )  # fmt: skip
+    max_train_steps = cfg.max_train_steps or by_epochs or 1500
+    interval = (cfg.validation_steps or 0) * total_batch or cfg.validation_epochs * epoch_examples
+    return Schedule(micro_batch, total_batch, epoch_examples, max_train_steps, interval, first_step)
 
 
 def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> collections.Counter[int]:
-    """Count how often this run will show each sample, by replaying the stream; of a very long run, its first part."""
+    """Count how often the run shows each sample, by replaying the stream; extrapolates for a very long run."""
     total = schedule.max_train_steps * cfg.gradient_accumulation_steps
     replayed = min(total, math.ceil(500_000 / schedule.micro_batch))
     shown = itertools.islice(micro_batches(samples, cfg, schedule.micro_batch), replayed)
-    views = collections.Counter(draw.sample for batch in shown for draw in batch)
+    views = collections.Counter(example.sample for batch in shown for example in batch)
     return collections.Counter({sample: round(count * total / replayed) for sample, count in views.items()})
 
 
 def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
-    """Tell what the run will do, as lines of a table. Raises UserError for a bucket that would never be trained."""
-    views, kinds = count_views(samples, cfg, schedule), collections.Counter(sample.is_prior for sample in samples)
-    drawn = schedule.max_train_steps * schedule.total_batch // (2 if cfg.with_prior_preservation else 1)
-    covers_epoch = {False: drawn >= kinds[False] * cfg.repeats, True: drawn >= kinds[True]}  # of instances, of classes
+    """Describe the run as lines of a table. Raises UserError for a bucket that would never be trained."""
+    views, size = count_views(samples, cfg, schedule), schedule.micro_batch
+    first, last = schedule.first_step, schedule.max_train_steps
+    require(first <= last, f"the checkpoint is at step {first} already; --max_train_steps must be at least that")
+    examples, kinds = last * schedule.total_batch, collections.Counter(sample.is_prior for sample in samples)
+    shown = examples // (2 if cfg.with_prior_preservation else 1)  # instance images, and as many class images
+    is_short = {False: shown < kinds[False] * cfg.repeats, True: shown < kinds[True]}
     table, notes = "{:>12} {:>9} {:>9} {:>12} {:>8} {:>13} {:>15}", []
-    lines = [table.format("bucket", "pictures", "of class", "own caption", "repeats", "times seen", "smallest file")]
+    lines = [table.format("bucket", "images", "of class", "own caption", "repeats", "times seen", "smallest file")]
     for bucket in sorted({sample.bucket for sample in samples}):
-        indices = [index for index, sample in enumerate(samples) if sample.bucket == bucket]
-        members, counts = [samples[index] for index in indices], [views[index] for index in indices]
+        members = [sample for sample in samples if sample.bucket == bucket]
+        counts = [views[index] for index, sample in enumerate(samples) if sample.bucket == bucket]
         name, names = f"{bucket[0]} x {bucket[1]}", ", ".join(str(sample.path) for sample in members[:5])
         require(
-            max(counts) > 0 or not any(covers_epoch[member.is_prior] for member in members),
-            f"bucket {name} never fills a batch of {schedule.micro_batch} in this run: {names} would not be trained; "
-            "lower --train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer",
+            max(counts) > 0 or all(is_short[member.is_prior] for member in members),
+            f"bucket {name} never fills a batch of {size} in this run, so {names} would not be trained; lower "
+            "--train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer",
         )
         seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         classes, captions = sum(sample.is_prior for sample in members), sum(sample.has_caption for sample in members)
         smallest = "{} x {}".format(*min((sample.size for sample in members), key=math.prod))
         lines.append(table.format(name, len(members), classes, captions, cfg.repeats, seen, smallest))
-        if len(members) < schedule.micro_batch:
+        if len(members) < size:
             notes.append(
-                f"bucket {name} has fewer pictures than a batch of {schedule.micro_batch} and waits for later epochs "
-                "to fill it; a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
+                f"bucket {name} has fewer images than a batch of {size} and waits for later epochs to fill one; a "
+                "smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
             )
-        enlarged = [sample for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
-        if enlarged:
-            notes.append(f"to be enlarged to {name}: {', '.join(str(sample.path) for sample in enlarged[:5])}")
-    if not covers_epoch[False]:
-        notes.append("the run is shorter than one epoch: not every picture will be seen")
-    return [*lines, *notes, describe_schedule(cfg, schedule), *describe_validation(samples, cfg, schedule)]
-
-
-def describe_schedule(cfg: Config, schedule: Schedule) -> str:
-    """Tell the length of the run in steps, examples and epochs. Raises UserError if it is over already."""
-    steps, first = schedule.max_train_steps, schedule.first_step
-    processes = schedule.micro_batch // cfg.train_batch_size
-    require(first <= steps, f"the checkpoint has done {first} steps already; give --max_train_steps at least that")
-    done = f", of which {first:,} steps are done" * bool(first)
-    return (
-        f"steps: {steps:,} x {schedule.total_batch} (batch {cfg.train_batch_size} x processes {processes} x "
-        f"accumulation {cfg.gradient_accumulation_steps}) = {steps * schedule.total_batch:,} examples = "
-        f"{schedule.epoch(steps):,.1f} epochs of {schedule.epoch_examples}{done}"
+        enlarged = [str(sample.path) for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
+        notes += [f"upscaled to {name}: {', '.join(enlarged[:5])}"] * bool(enlarged)
+    notes += ["the run is shorter than one epoch: not every image will be seen"] * is_short[False]
+    steps = (
+        f"steps: {last:,} x {schedule.total_batch} (batch {cfg.train_batch_size} x processes "
+        f"{size // cfg.train_batch_size} x accumulation {cfg.gradient_accumulation_steps}) = {examples:,} examples = "
+        f"{examples / schedule.epoch_examples:,.1f} epochs of {schedule.epoch_examples}"
+        f"{f', of which {first:,} steps are done' * bool(first)}"
     )
+    return [*lines, *notes, steps, *describe_sampling(samples, cfg, schedule)]
 
 
-def describe_validation(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
-    """Tell how often pictures are drawn and what share of the run they take, counted in forward passes per pixel."""
-    first, last = schedule.first_step, schedule.max_train_steps
-    steps = range(first + (first > 0), last)  # the pictures of the first step were drawn before its checkpoint
-    times = sum(schedule.is_validation_step(step) for step in steps) if cfg.validation_prompt else 0
-    final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
-    pictures, guided = len(cfg.validation_prompt or [None]) * cfg.num_validation_images, cfg.guidance_scale > 0
-    passes = (times + final) * pictures * cfg.num_inference_steps * (1 + guided)
+def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
+    """Describe how many images are generated, and their share of the work, in forward passes per pixel."""
+    steps = range(schedule.first_step + (schedule.first_step > 0), schedule.max_train_steps)
+    times = sum(map(schedule.is_validation_step, steps)) if cfg.validation_prompt else 0
+    times += bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
+    images = len(cfg.validation_prompt or "1") * cfg.num_validation_images
     missing = sum(not sample.digest for sample in samples)
-    generating = f"{missing * cfg.num_inference_steps * (1 + guided):,} forward passes for {missing} class pictures"
-    side = cfg.validation_resolution or training_side(cfg)
+    each = cfg.num_inference_steps * (2 if cfg.guidance_scale else 1)
+    side = cfg.validation_resolution or cfg.training_side
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
-    drawing = passes * side**2
-    cost = 3 if cfg.gradient_checkpointing else 2  # forward, backward to the inputs alone, forward again
-    training = (last - first) * schedule.total_batch * area * cost
+    sampling = times * images * each * side**2
+    cost = 3 if cfg.gradient_checkpointing else 2  # forward, backward to the inputs only, forward again
+    training = (schedule.max_train_steps - schedule.first_step) * schedule.total_batch * area * cost
+    generating = f"to be generated first: {missing} class images, {missing * each:,} forward passes"
     line = (
-        f"validation: {times + final} x {pictures} pictures of {side} x {side}, {cfg.num_inference_steps} steps each"
-        f"{', twice for guidance' * guided} = {passes:,} forward passes, about "
-        f"{100 * drawing / (drawing + training or 1):.0f} % of the work"
+        f"validation: {times} x {images} images of {side} x {side}, {cfg.num_inference_steps} steps each"
+        f"{', twice for guidance' * bool(cfg.guidance_scale)} = {times * images * each:,} forward passes, about "
+        f"{100 * sampling / (sampling + training or 1):.0f}% of the work"
     )
-    return [f"to be generated first: {generating}"] * (missing > 0) + [line] * (passes > 0)
-
-
-def training_side(cfg: DataConfig) -> int:
-    """Choose the side of a square picture as large as the training pictures."""
-    if cfg.aspect_ratio_buckets is None:
-        return cfg.resolution
-    return math.isqrt(max(math.prod(bucket) for bucket in parse_buckets(cfg.aspect_ratio_buckets))) // 16 * 16
+    return [generating] * bool(missing) + [line] * bool(times)
 
 
 # =====================================================================================================================
 # Checks
 # =====================================================================================================================
 
-RUN_FILES = ("pytorch_lora_weights.safetensors", "config.json", "metrics.jsonl", "README.md")
-SHARED_FILES = ("pytorch_lora_weights.safetensors", "README.md", "config.json", "validation/step-*/*.png")
-CHECKPOINT_FILES = ("lora.safetensors", "optimizer.safetensors", "state.json")
+LORA_FILE, STATE_FILE = "pytorch_lora_weights.safetensors", "state.safetensors"
+RUN_FILES = (LORA_FILE, "config.json", "metrics.jsonl", "README.md")
+COMPONENTS = {
+    "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
+    "text_encoder": "config.json", "vae": "config.json", "transformer": "config.json",
+}  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint to continue from, whose manifest holds."""
+    """A checkpoint to resume from, known to be intact."""
 
     folder: Path
     step: int
     state: dict[str, Any]
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Tell whether a folder is a checkpoint of this program, intact or not, and not one of diffusers' script."""
-    is_named_so = re.fullmatch(r"checkpoint-\d+", path.name) is not None and not path.is_symlink()
-    return is_named_so and any(os.path.isfile(path / name) for name in ("manifest.json", *CHECKPOINT_FILES))
+class Plan(NamedTuple):
+    """What a run will do: with which images, for how long, from where."""
+
+    samples: list[Sample]
+    schedule: Schedule
+    checkpoint: Checkpoint | None
+
+
+def is_old_checkpoint(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint in the format of earlier versions, of four files and a manifest."""
+    return any((path / name).is_file() for name in ("manifest.json", "lora.safetensors", "state.json"))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoints of a run, oldest first; other names are not ours and are left alone."""
-    return sorted(filter(is_checkpoint, output_dir.glob("checkpoint-*")), key=lambda path: int(path.name[11:]))
-
-
-def file_entry(content: bytes) -> dict[str, Any]:
-    """Describe a file as a manifest does."""
-    return {"bytes": len(content), "sha256": sha256(content)}
+    """List the checkpoints of a run, intact or not, oldest first; folders of other programs are left alone."""
+    named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    ours = [path for path in named if (path / STATE_FILE).is_file() or is_old_checkpoint(path)]
+    return sorted(ours, key=lambda path: int(path.name[11:]))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read a checkpoint if its files are on disk as its manifest says, and its step as its name does; else None."""
+    """Read a checkpoint; None if its state differs from what was written, or its step from what its name says."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        state = json.loads((folder / "state.json").read_bytes())
-        is_intact = manifest == {name: file_entry((folder / name).read_bytes()) for name in CHECKPOINT_FILES}
+        state = json.loads((read_sealed(folder / STATE_FILE) or {})["state"])
         step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
         is_possible = 0 < step < 10**9 and (named is None or step == int(named[1]))
-        return Checkpoint(folder, step, state) if is_intact and is_possible else None
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return Checkpoint(folder, step, state) if is_possible else None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 
 def find_checkpoint(cfg: Config) -> Checkpoint | None:
-    """Resolve `--resume_from_checkpoint`: a folder anywhere, or the newest intact one here; None starts afresh."""
+    """Resolve `--resume_from_checkpoint`: a folder anywhere, or the newest intact one here; None for a fresh start."""
     name, output = cfg.resume_from_checkpoint, Path(cfg.output_dir)
     if name is None or (name == "latest" and not list_checkpoints(output)):
         return None
     found = list_checkpoints(output) if name == "latest" else [Path(name), output / name]
     found = [path for path in found if os.path.isdir(path)]
-    require(bool(found), f"--resume_from_checkpoint {name} is no folder; name a checkpoint-N, or 'latest'")
+    require(bool(found), f"--resume_from_checkpoint {name} is not a folder; name a checkpoint-N folder, or 'latest'")
     intact = next(filter(None, map(read_checkpoint, reversed(found))), None)
-    problem = f"{found[-1]} is damaged or no checkpoint of this program" + ", and so are all here" * (name == "latest")
-    remedy = "name another one, or start over with --overwrite_output_dir"
-    require(intact is not None, f"--resume_from_checkpoint {name}: {problem}; {remedy}")
+    is_old = f"{found[-1]} was saved by an earlier version of this script; finish that run with the earlier version"
+    problem = f"{found[-1]} is damaged or not a checkpoint of this script{', like all here' * (name == 'latest')}"
+    problem = is_old if is_old_checkpoint(found[-1]) else f"{problem}; name another one"
+    remedy = "or start over with --overwrite_output_dir"
+    require(intact is not None, f"--resume_from_checkpoint {name}: {problem}, {remedy}")
     return intact
 
 
-def is_whole(path: Path) -> bool:
-    """Tell whether a safetensors file is there and as long as its header says."""
+def read_own_config(output: Path) -> dict[str, Any]:
+    """Read the config.json that an earlier run of this script left in a folder; empty if there is none."""
+    try:
+        settings = read_json_object("", output / "config.json")
+        return settings if "environment" in settings else {}
+    except UserError:
+        return {}
+
+
+def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
+    """Reject an output folder that is a file, holds another run, or holds other programs' files under our names."""
+    output = Path(cfg.output_dir)
+    for path in (output, *output.parents):
+        is_folder = not os.path.lexists(path) or path.is_dir()
+        require(is_folder, f"--output_dir {output}: {path} is not a folder; name another one")
+    settings, checkpoints = read_own_config(output), list_checkpoints(output)
+    present = [name for name in RUN_FILES if os.path.lexists(output / name)]
+    foreign = [] if settings or checkpoints else present
+    for path in sorted(output.glob("checkpoint-*")):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path not in checkpoints:
+            is_half = path.is_dir() and {file.name for file in path.glob("[!.]*")} <= {LORA_FILE}  # a run was killed
+            foreign += [] if is_half else [path.name]
+    remedy = "which this script did not write; name another folder"
+    require(not foreign, f"--output_dir {output} contains {', '.join(foreign)}, {remedy}")
+    has_steps = "metrics.jsonl" in present and (output / "metrics.jsonl").stat().st_size > 0
+    is_begun = bool(checkpoints) or LORA_FILE in present or (has_steps and cfg.resume_from_checkpoint != "latest")
+    is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
+    is_demo = cfg.demo and settings.get("demo") is True
+    require(
+        is_resumed or is_demo or cfg.overwrite_output_dir or not is_begun,
+        f"--output_dir {output} contains another run; resume it with --resume_from_checkpoint latest, replace it with "
+        "--overwrite_output_dir, or name another folder",
+    )
+
+
+def check_nesting(cfg: Config) -> None:
+    """Reject folders inside an image folder, where the images that this script makes would be trained on as well."""
+    names = ("instance_data_dir", "dataset_name", "class_data_dir", "output_dir", "cache_dir")
+    folders = {name: Path(getattr(cfg, name)).resolve() for name in names if getattr(cfg, name) is not None}
+    folders["logging_dir"] = Path(cfg.output_dir, cfg.logging_dir).resolve()  # wandb copies validation images
+    for (outer, above), (inner, below) in itertools.permutations(folders.items(), 2):
+        is_source = outer in names[:3] and (above.is_dir() or outer == "class_data_dir")
+        remedy = "all of whose images are trained on; name a folder outside it"
+        require(not (is_source and below.is_relative_to(above)), f"--{inner} is inside --{outer} {above}, {remedy}")
+
+
+def hold_output(output: Path) -> contextlib.AbstractContextManager[Any]:
+    """Hold the output folder, on the first process. Raises UserError if another run holds it; a dead one does not."""
+    if os.environ.get("RANK", "0") != "0":
+        return contextlib.nullcontext()
+    holder = output / ".lock-holder"
+    try:
+        held = FileLock(output / ".lock", blocking=False).acquire()
+    except Timeout as error:
+        who = read_text(holder) if holder.is_file() else "another process"
+        raise UserError(f"--output_dir {output} is in use by {who}; wait for it, or name another folder") from error
+    write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return held
+
+
+def weight_files(component: Path, variant: str | None) -> list[Path]:
+    """List a component's weight files of one variant: NAME.safetensors, NAME.VARIANT.safetensors, or their shards."""
+    middle = f".{re.escape(variant)}" if variant else ""
+    name = re.compile(rf"(?:diffusion_pytorch_)?model({middle}(-\d+-of-\d+)?|(-\d+-of-\d+)?{middle})\.safetensors")
+    return sorted(path for path in component.glob("*.safetensors") if name.fullmatch(path.name))
+
+
+def is_complete(path: Path) -> bool:
+    """Tell whether a safetensors file exists and is as long as its header says."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -1139,212 +1089,160 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def check_output(cfg: Config) -> None:
-    """Refuse an output folder that is a file, that holds another run, or other files under the names of ours."""
-    output = Path(cfg.output_dir)
-    for path in (output, *output.parents):
-        require(not os.path.lexists(path) or path.is_dir(), f"--output_dir {output}: {path} is a file; name a folder")
-    is_one = cfg.resume_from_checkpoint is None or not cfg.overwrite_output_dir
-    require(is_one, "--overwrite_output_dir would remove what --resume_from_checkpoint continues; give one of the two")
-    logs = os.path.normpath(cfg.logging_dir).split(os.sep)[0]
-    is_own = logs in (*RUN_FILES, "validation", ".lock") or re.match(r"(superseded-)?checkpoint-\d", logs)
-    require(not is_own, f"--logging_dir {cfg.logging_dir} is a name that the run itself uses; name another")
-    odd = [path for name in (*RUN_FILES, ".lock") if os.path.lexists(path := output / name) and not path.is_file()]
-    require(not odd, f"--output_dir {output} holds {odd and odd[0].name}, which is no file; name another folder")
-    checkpoint = find_checkpoint(cfg)
-    settings, checkpoints = read_own_config(output), list_checkpoints(output)
-    present = [name for name in RUN_FILES if os.path.exists(output / name)]
-    foreign = present if "environment" not in settings and not checkpoints else []
-    numbered = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    foreign += sorted(path.name for path in numbered if path not in checkpoints)
-    names = ", ".join(foreign)
-    require(not foreign, f"--output_dir {output} holds {names}, which this program did not write; name another folder")
-    is_demo = cfg.demo and settings.get("demo") is True
-    has_steps = (output / "metrics.jsonl").is_file() and (output / "metrics.jsonl").stat().st_size > 0
-    is_begun = has_steps and cfg.resume_from_checkpoint != "latest"
-    is_free = RUN_FILES[0] not in present and not checkpoints and not is_begun
-    is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
-    require(
-        is_free or is_demo or is_resumed or cfg.overwrite_output_dir,
-        f"--output_dir {output} holds another run; continue it with --resume_from_checkpoint latest, replace it with "
-        "--overwrite_output_dir, or name another folder",
-    )
-
-
-def read_own_config(output: Path) -> dict[str, Any]:
-    """Read the config.json of an earlier run in a folder; empty if there is none."""
-    try:
-        return read_json_object("", output / "config.json")
-    except UserError:
-        return {}
-
-
-def check_model(cfg: ModelConfig) -> None:
-    """Refuse a name that is neither a complete checkpoint folder nor a possible hub name."""
-    name = cfg.pretrained_model_name_or_path
-    if os.path.exists(name):
-        return check_components(Path(name), cfg.variant)
-    require(
-        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith("."),
-        f"--pretrained_model_name_or_path {name} does not exist, and is no hub name such as Tongyi-MAI/Z-Image either",
-    )
-
-
-def weight_files(component: Path, variant: str | None) -> list[Path]:
-    """List a component's weight files of one variant: NAME.safetensors, or NAME.VARIANT.safetensors, or shards."""
-    middle = f".{re.escape(variant)}" if variant else ""
-    name = re.compile(rf"(?:diffusion_pytorch_)?model({middle}(-\d+-of-\d+)?|(-\d+-of-\d+)?{middle})\.safetensors")
-    return sorted(path for path in component.glob("*.safetensors") if name.fullmatch(path.name))
-
-
 def check_components(model: Path, variant: str | None) -> None:
-    """Refuse a checkpoint folder that lacks a component, or a shard of one, naming what is missing."""
-    advice = "--pretrained_model_name_or_path takes a whole checkpoint folder in the diffusers format, or a hub name"
-    require(model.is_dir(), f"{model} is a file; {advice}")
-    files = {
-        "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
-        "text_encoder": "config.json", "vae": "config.json", "transformer": "config.json",
-    }  # fmt: skip
-    for component, file in files.items():
+    """Reject a model folder in which a component, a shard, or the end of a file is missing, and name it."""
+    advice = "--pretrained_model_name_or_path needs a complete folder in diffusers format, or a Hub name"
+    for component, file in COMPONENTS.items():
         require((model / component / file).is_file(), f"{model} has no {component}/{file}; {advice}")
         weights = weight_files(model / component, variant)
-        if file == "config.json":
-            names = ", ".join(sorted(path.name for path in (model / component).glob("*.safetensors")))
-            wanted = f"of --variant {variant}; it has {names or 'none'}" if variant else f"(*.safetensors); {advice}"
-            require(bool(weights), f"{model}/{component} has no weights {wanted}")
+        names = ", ".join(sorted(path.name for path in (model / component).glob("*.safetensors")))
+        wanted = f"of --variant {variant}, only {names or 'none'}" if variant else f"(*.safetensors); {advice}"
+        require(bool(weights) or file != "config.json", f"{model}/{component} has no weights {wanted}")
         for path in weights:
-            require(is_whole(path), f"{path} is damaged or was not downloaded to its end; {advice}")
+            require(is_complete(path), f"{path} is damaged or not fully downloaded; {advice}")
         for path in sorted((model / component).glob("*.json")):
-            with explained(f"{path} is damaged", advice):
-                content = json.loads(read_text(path))
-                is_index = path.name.endswith(f".index.{variant}.json" if variant else ".index.json")
-                shards = set(content["weight_map"].values()) if is_index else set()
+            content, is_index = read_json_object(str(path), path), path.match("*.index.json")
+            is_index = path.match(f"*.index.{variant}.json") if variant else is_index
+            shards = set(content["weight_map"].values()) if is_index else set()
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
             require(not missing, f"{model}/{component} lacks {', '.join(missing)}; {advice}")
     vocabularies = [model / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
     require(any(path.is_file() for path in vocabularies), f"{model}/tokenizer has no tokenizer.json; {advice}")
 
 
+def check_model(cfg: Config) -> None:
+    """Reject a name that is neither a complete model folder nor a possible Hub name."""
+    name = cfg.pretrained_model_name_or_path
+    if os.path.exists(name):
+        return check_components(Path(name), cfg.variant)
+    require(
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith("."),
+        f"--pretrained_model_name_or_path {name} does not exist and is not a Hub name such as Tongyi-MAI/Z-Image",
+    )
+
+
 def check_packages(cfg: Config) -> None:
-    """Refuse settings whose optional package is not installed, with the line that installs it."""
-    is_bnb_format = cfg.quantization == "nf4" or cfg.bnb_quantization_config_path is not None
+    """Reject settings whose optional package is not installed, with the command that installs it."""
     needed = {
-        "datasets": cfg.dataset_name is not None,
-        "prodigyopt": cfg.optimizer == "prodigy",
+        "datasets": cfg.dataset_name, "prodigyopt": cfg.optimizer == "prodigy",
         "torchao": cfg.storage in ("fp8", "int8"),
-        "bitsandbytes": is_bnb_format or cfg.has_8bit_state,
-    }
-    needed |= {name: name in cfg.trackers for name in ("wandb", "tensorboard")}
+        "bitsandbytes": cfg.quantization == "nf4" or cfg.bnb_quantization_config_path or cfg.has_8bit_state,
+        "wandb": "wandb" in cfg.trackers, "tensorboard": "tensorboard" in cfg.trackers,
+    }  # fmt: skip
     for package, is_needed in needed.items():
         is_there = not is_needed or getattr(importlib.util.find_spec(package), "origin", None) is not None
-        require(is_there, f"the package {package} is needed and not installed: pip install {package}")
+        require(is_there, f"the package {package} is required but not installed: pip install {package}")
 
 
-BNB_TYPES = {
-    "load_in_4bit": bool, "load_in_8bit": bool, "bnb_4bit_quant_type": Literal["nf4", "fp4"],
-    "bnb_4bit_use_double_quant": bool, "bnb_4bit_compute_dtype": str, "bnb_4bit_quant_storage": str,
-    "llm_int8_threshold": float, "llm_int8_skip_modules": list | None, "llm_int8_has_fp16_weight": bool,
-}  # fmt: skip
+def check_launch(cfg: Config) -> None:
+    """Reject what the accelerate configuration requests and this script, or Z-Image, cannot do."""
+    source = "accelerate configuration:"
+    require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format(source))
+    for name in ("USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_USE_REGIONAL_COMPILATION"):
+        require(not is_on(f"ACCELERATE_{name}"), f"{source} {name} is not supported; multi-GPU, FSDP, and dynamo are")
+    if not is_on("ACCELERATE_USE_FSDP"):
+        return
+    for name, value in {"version": "2", "cpu_ram_efficient_loading": "false", "offload_params": "false"}.items():
+        is_set = os.environ.get(f"FSDP_{name.upper()}", "1" if name == "version" else "false") == value
+        require(is_set, f"{source} only fsdp_{name}: {value} is supported; change it there")
+    require(
+        cfg.lora_dropout == 0 or not uses_fsdp_checkpointing(),
+        "--lora_dropout would be sampled again when FSDP recomputes activations, which corrupts the gradient; "
+        "set fsdp_activation_checkpointing: false in the accelerate configuration, or leave the dropout out",
+    )
+    unsharded = {
+        "--quantization": cfg.quantization, "--do_fp8_training": cfg.do_fp8_training,
+        "--bnb_quantization_config_path": cfg.bnb_quantization_config_path,
+        "--use_8bit_adam": cfg.has_8bit_state, "--optimizer prodigy": cfg.optimizer == "prodigy",
+    }  # fmt: skip
+    names = ", ".join(name for name, is_given in unsharded.items() if is_given)
+    require(not names, f"FSDP cannot shard {names}; leave it out, or choose multi-GPU in accelerate config")
 
 
-def read_bnb_settings(cfg: HardwareConfig) -> dict[str, Any]:
-    """Read the JSON of `--bnb_quantization_config_path`; empty without one. Raises UserError if it is none."""
+def read_bnb_settings(cfg: Config) -> dict[str, Any]:
+    """Read the JSON of `--bnb_quantization_config_path`; empty without one. Raises UserError if it is not usable."""
     if cfg.bnb_quantization_config_path is None:
         return {}
     name = f"--bnb_quantization_config_path {cfg.bnb_quantization_config_path}"
     settings = read_json_object(name, Path(cfg.bnb_quantization_config_path))
-    for key, value in settings.items():
-        require(key in BNB_TYPES, f"{name}: {key} is not known; there are {', '.join(BNB_TYPES)}")
-        require(matches(value, BNB_TYPES[key]), f"{name}: {key} does not take {value!r}")
-    bits = [settings.get(f"load_in_{count}bit", False) for count in (4, 8)]
-    require(sum(bits) == 1, f"{name} must set load_in_4bit or load_in_8bit to true, one of the two")
+    bits = [settings.get(f"load_in_{count}bit") is True for count in (4, 8)]
+    require(sum(bits) == 1, f"{name} must set exactly one of load_in_4bit and load_in_8bit to true")
     return settings
 
 
-def check_launch(cfg: Config) -> None:
-    """Refuse what accelerate's configuration asks for and this program, or Z-Image, cannot do."""
-    require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format("accelerate's configuration:"))
-    for name in ("USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_USE_REGIONAL_COMPILATION"):
-        is_used = os.environ.get(f"ACCELERATE_{name}", "false").lower() == "true"
-        require(not is_used, f"accelerate's configuration: {name} does not work here; multi-GPU, FSDP and dynamo do")
-    if uses_fsdp():
-        check_fsdp(cfg)
-
-
-def check_fsdp(cfg: Config) -> None:
-    """Refuse what cannot be sharded, or would train wrongly if it were."""
-    needed = {"version": "2", "cpu_ram_efficient_loading": "false", "offload_params": "false"}
-    for name, value in needed.items():
-        is_so = os.environ.get(f"FSDP_{name.upper()}", "1" if name == "version" else "false") == value
-        require(is_so, f"accelerate's configuration: only fsdp_{name}: {value} is supported; change it there")
-    require(
-        cfg.lora_dropout == 0 or not uses_fsdp_checkpointing(),
-        "--lora_dropout would be drawn anew when FSDP recomputes activations, which spoils the gradient; "
-        "set fsdp_activation_checkpointing: false in accelerate's configuration, or leave the dropout out",
-    )
-    reasons = {
-        "--quantization": cfg.quantization, "--do_fp8_training": cfg.do_fp8_training,
-        "--bnb_quantization_config_path": cfg.bnb_quantization_config_path,
-        "--use_8bit_adam": cfg.has_8bit_state,
-        "--optimizer prodigy": cfg.optimizer == "prodigy",
+def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str, Any]:
+    """List what a checkpoint is bound to: the examples that come next, what is trained, and how it is measured."""
+    bound = (
+        "seed", "rank", "lora_layers", "lora_dropout", "optimizer", "resolution", "repeats", "center_crop",
+        "random_flip", "cache_latents", "max_sequence_length", "gradient_accumulation_steps", "mixed_precision",
+        "quantization", "do_fp8_training", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
+        "timestep_shift", "prior_loss_weight",
+    )  # fmt: skip
+    uses = [json.dumps((sample.digest, sample.bucket, sample.prompt, sample.is_prior)) for sample in plan.samples]
+    images = [f"{sha256(use.encode())} {sample.path.name}" for use, sample in zip(uses, plan.samples)]
+    return {f"--{name}": getattr(cfg, name) for name in bound} | {
+        "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
+        "--bnb_quantization_config_path": read_bnb_settings(cfg),
+        "--pretrained_model_name_or_path (a hash of its files)": sha256(json.dumps(contents).encode())[:12],
+        "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
     }  # fmt: skip
-    refused = ", ".join(name for name, is_given in reasons.items() if is_given)
+
+
+def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any]) -> None:
+    """Refuse to resume with other data or settings than the checkpoint's, unless that is possible and intended."""
+    old = checkpoint.state["binding"]
+    changed = {name: f"{name} {now} (was {old.get(name)})" for name, now in binding.items() if now != old.get(name)}
+    if "images" in changed:
+        names = sorted({line[65:] for line in set(binding["images"]) ^ set(old["images"])})
+        changed["images"] = f"images: {', '.join(names[:10]) or 'in another order'}{', ...' * (len(names) > 10)}"
+    is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
     require(
-        not refused, f"{refused} cannot be sharded by FSDP; leave it out, or choose multi-GPU in accelerate config"
+        not changed or (is_possible and cfg.resume_anyway),
+        f"{checkpoint.folder} was saved with other settings or data: {'; '.join(changed.values())}. Restore them"
+        f"{', or add --resume_anyway if the change is intended' * is_possible}",
     )
+    say(*(f"--resume_anyway: {change}" for change in changed.values()))
 
 
-def check_inputs(cfg: Config) -> None:
-    """Refuse folders, captions, pictures and environments that cannot work; needs Pillow only, changes nothing."""
+def make_plan(cfg: Config) -> Plan:
+    """Decide what the run will do, and describe it. Raises UserError for what cannot work. Needs no torch."""
     check_launch(cfg)
     check_packages(cfg)
     read_bnb_settings(cfg)
-    check_output(cfg)
+    checkpoint = find_checkpoint(cfg)
+    check_output(cfg, checkpoint)
     check_nesting(cfg)
-    made = demo_settings(cfg.output_dir) if cfg.demo else {}  # what `make_demo` has still to make
-    if cfg.pretrained_model_name_or_path != made.get("pretrained_model_name_or_path"):
-        check_model(cfg)
-    if cfg.instance_data_dir not in (None, made.get("instance_data_dir")):
-        scan_instances(Path(cfg.instance_data_dir), cfg)
-    scan_classes(cfg)
+    check_model(cfg)
+    say(*advice(cfg))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with FileLock(cfg.encodings_folder / ".lock") if processes > 1 else contextlib.nullcontext():
+        samples = plan_samples(cfg)  # one process decodes new images, the others find their sizes
+    schedule = make_schedule(cfg, samples, processes, checkpoint.step if checkpoint else 0)
+    say(*describe_plan(samples, cfg, schedule))
+    return Plan(samples, schedule, checkpoint)
 
 
-def check_nesting(cfg: Config) -> None:
-    """Refuse folders below pictures that are learned, where pictures this program makes would be learned as well."""
-    names = ("instance_data_dir", "dataset_name", "class_data_dir", "output_dir", "cache_dir")
-    folders = {name: Path(getattr(cfg, name)).resolve() for name in names if getattr(cfg, name) is not None}
-    folders["logging_dir"] = Path(cfg.output_dir, cfg.logging_dir).resolve()  # wandb copies validation pictures
-    for source in names[:3]:
-        if source in folders and (source != "dataset_name" or os.path.isdir(folders[source])):
-            inside = [name for name in folders if name != source and folders[name].is_relative_to(folders[source])]
-            require(
-                not inside,
-                f"--{inside and inside[0]} lies in --{source} {folders[source]}, all of whose pictures are learned; "
-                "name a folder beside it",
-            )
-
-
-def run_or_exit(conductor: Callable[[Config], Any], cfg: Config) -> None:
-    """Run a part of the program; an error that the user can mend ends it with its sentence, not with a traceback."""
+def run_or_exit(conductor: Callable[..., Any], cfg: Config, *more: Any) -> Any:
+    """Run a part of the program; an error that the user can fix ends it with one sentence, not with a traceback."""
     try:
-        conductor(cfg)
-    except (UserError, FloatingPointError, OSError, Stopped) as error:  # OSError: a disk is full, or not ours to write
+        return conductor(cfg, *more)
+    except (UserError, FloatingPointError, OSError, Stopped) as error:  # OSError: disk full, no permission
         sentence, status = (str(error), 128 + error.number) if isinstance(error, Stopped) else (f"error: {error}", 2)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError) or error.__cause__:  # perhaps its own
             print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)
         if isinstance(error, Stopped):
             sys.stdout.flush()
-            os._exit(status)  # taking processes apart would wait for those that have gone, a dead launcher's for ever
+            os._exit(status)  # a regular exit waits for other processes, forever if their launcher has died
         sys.exit(status)
 
 
 RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when pasted into a notebook cell
 PARENT = os.getppid()  # before the imports, during which it may die
 if RUN_AS_SCRIPT:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` listens, Ctrl-C ends without a traceback
-    CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once
-    sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # wandb records them
-    run_or_exit(check_inputs, CONFIG)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside training, Ctrl-C ends without a traceback
+    CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once,
+    sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # (wandb records the arguments)
+    PLAN = None if CONFIG.demo else run_or_exit(make_plan, CONFIG)  # and so does a wrong folder
 
 logging.disable(logging.WARNING)  # torchao and diffusers report kernels and tensors that nobody here asked for
 import torch
@@ -1352,26 +1250,24 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
+from accelerate.utils import gather_object, send_to_device
 from accelerate.utils import reduce as reduce_tensor
-from accelerate.utils import send_to_device
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, TorchAoConfig
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from diffusers.optimization import get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling, free_memory
 from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weights
 from diffusers.utils import logging as diffusers_logging
-from filelock import FileLock, Timeout  # torch depends on it
+from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from peft import LoraConfig
-from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
@@ -1387,16 +1283,8 @@ for library in (transformers.logging, diffusers_logging):
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-ENCODING_VERSION = 1  # raise it when the same ingredients begin to give other encodings
-
-
-class Example(NamedTuple):
-    """One example on its way to a batch."""
-
-    seed: int
-    image: Tensor  # latents (16, h, w) from the cache, else pixels (3, H, W)
-    prompt_embeds: Tensor  # (L, 2560)
-    is_prior: bool
+CENTER = (0.5, 0.5)
+ENCODING_VERSION = 2  # raise it when the same ingredients begin to give other encodings
 
 
 class Batch(NamedTuple):
@@ -1406,86 +1294,73 @@ class Batch(NamedTuple):
     latents: Tensor  # (B, 16, h, w) in fp32
     prompt_embeds: list[Tensor]  # B of (L_i, 2560)
     is_prior: Tensor  # (B,) of bool
+    names: list[str]  # of the images
 
 
-@dataclass(frozen=True)
-class Encodings:
-    """Where encodings lie on disk; each name is a hash of everything that its content depends on."""
+class Encodings(NamedTuple):
+    """The model that encodes, and the files of its encodings, named by a hash of everything they depend on."""
 
+    cfg: Config
     model: Path
-    folder: Path
-    text_encoder: tuple[Any, ...]
-    vae: tuple[Any, ...]
+    contents: dict[str, str]  # a hash of the files of each component
 
     def prompt(self, prompt: str) -> Path:
-        """Name the file with a prompt's embedding (L, 2560)."""
-        return cache_file(self.folder, "prompts", *self.text_encoder, prompt).with_suffix(".safetensors")
+        """Return the file with a prompt's embedding (L, 2560)."""
+        encoder = (self.contents["tokenizer"], self.contents["text_encoder"], self.cfg.max_sequence_length)
+        return self.file("prompts", *encoder, prompt)
 
     def latents(self, sample: Sample, is_flipped: bool) -> Path:
-        """Name the file with the latents (16, h, w) of a picture cropped at its centre."""
-        picture = (sample.digest, sample.bucket, "centre", is_flipped)
-        return cache_file(self.folder, "latents", *self.vae, *picture).with_suffix(".safetensors")
+        """Return the file with the latents (16, h, w) of an image cropped at its center."""
+        return self.file("latents", self.contents["vae"], sample.digest, sample.bucket, is_flipped)
+
+    def file(self, kind: str, *ingredients: Any) -> Path:
+        """Return a file of the cache."""
+        common = (ENCODING_VERSION, self.cfg.mixed_precision)
+        return cache_file(self.cfg.encodings_folder, kind, *common, *ingredients).with_suffix(".safetensors")
 
 
-def find_model(cfg: Config, accelerator: Accelerator) -> Path:
-    """Resolve the checkpoint to a local folder, downloading it on the first process if it is a hub name."""
+def find_model(cfg: Config) -> Path:
+    """Resolve the model to a local folder; the first process of a machine downloads a Hub name."""
     name = cfg.pretrained_model_name_or_path
     if Path(name).is_dir():
         return Path(name)
     weights = "*.safetensors" if cfg.variant is None else f"*.{cfg.variant}[.-]*safetensors"
     parts = ["*.json", "tokenizer/*", *(f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer"))]
-    problem = f"--pretrained_model_name_or_path {name} is no folder here and cannot be downloaded"
-    with accelerator.local_main_process_first(), explained(problem):
+    problem = f"--pretrained_model_name_or_path {name} is not a local folder and cannot be downloaded"
+    with PartialState().local_main_process_first(), explained(problem):
         folder = snapshot_download(
             name, revision=cfg.revision, cache_dir=cfg.cache_dir, token=cfg.hub_token, allow_patterns=parts
         )
-    model = Path(folder)
-    check_components(model, cfg.variant)
-    return model
+    check_components(Path(folder), cfg.variant)
+    return Path(folder)
 
 
-def file_digest(path: Path, folder: Path) -> str:
-    """Hash a large file, remembering the result by path, size and time of change."""
-    if re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
-        return path.resolve().name  # the hub's cache names large files by their SHA-256
-    status = path.stat()
-    memo = cache_file(folder, "digests", str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if not memo.exists() or re.fullmatch(rb"[0-9a-f]{64}", memo.read_bytes()) is None:
-        if status.st_size > 1e9:
-            say(f"hashing {path.name}, {status.st_size / 1e9:.1f} GB, once")
-        with open(path, "rb") as file:
-            write_file(memo, hashlib.file_digest(file, "sha256").hexdigest().encode())
-    return memo.read_text()
+def fingerprint(path: Path) -> str:
+    """Hash a file: a small one completely, a large one by its size and 4 KiB of every 4 MiB."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size < 2**24:
+            return sha256(file.read())
+        digest = hashlib.sha256(str(size).encode())
+        for start in range(0, size, 2**22):  # the weight matrices of Z-Image's blocks are larger than that
+            file.seek(start)
+            digest.update(file.read(2**12))
+    return digest.hexdigest()
 
 
-def identify(component: Path, cfg: Config) -> list[str]:
-    """Identify a component of the checkpoint by the content of the files that are read."""
-    files = [path for path in sorted(component.glob("[!.]*")) if path.suffix in (".json", ".jinja", ".txt")]
-    files += weight_files(component, cfg.variant)
-    return [f"{path.name} {file_digest(path, encodings_folder(cfg))}" for path in files]
-
-
-def identify_encodings(cfg: Config, model: Path, accelerator: Accelerator) -> Encodings:
-    """Collect what prompts and pictures are encoded with; hashes the encoders' files when they are new."""
-    with accelerator.local_main_process_first():
-        text_encoder = [*identify(model / "tokenizer", cfg), *identify(model / "text_encoder", cfg)]
-        vae = identify(model / "vae", cfg)
-    return Encodings(
-        model=model, folder=encodings_folder(cfg), vae=(ENCODING_VERSION, vae, cfg.mixed_precision),
-        text_encoder=(ENCODING_VERSION, text_encoder, cfg.max_sequence_length, cfg.mixed_precision),
-    )  # fmt: skip
-
-
-class TextEncoder(NamedTuple):
-    """Qwen3 without its last layer, and its tokenizer."""
-
-    tokenizer: Any
-    model: nn.Module
+def identify(model: Path, variant: str | None) -> dict[str, str]:
+    """Hash the files that are read of each component of the model."""
+    contents = {}
+    for name in COMPONENTS:
+        files = [path for path in sorted((model / name).glob("[!.]*")) if path.suffix in (".json", ".jinja", ".txt")]
+        files += weight_files(model / name, variant)
+        contents[name] = sha256(json.dumps([(path.name, fingerprint(path)) for path in files]).encode())
+    return contents
 
 
 @contextlib.contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a model on a device for as long as it is used; then it goes back to where it lives."""
+    """Move a model to a device while it is used, then back to where it lives."""
     origin = module.device
     module.to(device)
     try:
@@ -1494,16 +1369,15 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(origin)
 
 
-def refuse_missing(names: list[str] | set[str], component: Path) -> None:
-    """Refuse a component whose files lack weights, which libraries leave random or empty."""
+def reject_missing(names: list[str] | set[str], component: Path) -> None:
+    """Reject a component whose files lack weights, which libraries leave random or empty."""
     require(not names, f"{component} has no weights for {', '.join(sorted(names)[:3])}; download it again")
 
 
-def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEncoder:
-    """Load what prompts are encoded with.
+def load_text_encoder(model: Path, cfg: Config) -> tuple[Any, nn.Module]:
+    """Load the tokenizer, and Qwen3 without its last layer and final norm.
 
-    Z-Image reads `hidden_states[-2]`, which needs neither the last layer nor the final norm: both are left out, and
-    the shortened model's last hidden state is that tensor.
+    Z-Image reads `hidden_states[-2]`, which needs neither: it is the last hidden state of the shortened model.
     """
     with explained(f"{model}: text_encoder or tokenizer cannot be loaded"):
         config = Qwen3Config.from_pretrained(model / "text_encoder")
@@ -1512,33 +1386,33 @@ def load_text_encoder(model: Path, cfg: Config, device: torch.device) -> TextEnc
         options = {"variant": cfg.variant, "dtype": DTYPES[cfg.mixed_precision], "output_loading_info": True}
         text_encoder, report = Qwen3Model.from_pretrained(model / "text_encoder", config=config, **options)
         tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
-    refuse_missing(report["missing_keys"], model / "text_encoder")
+    reject_missing(report["missing_keys"], model / "text_encoder")
     text_encoder.norm = nn.Identity()
-    return TextEncoder(tokenizer, text_encoder.eval().to("cpu" if cfg.offload else device))
+    return tokenizer, text_encoder.eval()
 
 
 @torch.no_grad()
-def encode_prompt(encoder: TextEncoder, prompt: str, max_sequence_length: int) -> Tensor:
-    """Encode one prompt at its true length, as `ZImagePipeline` does; says what is cut off. -> (L, 2560)"""
-    chat = encoder.tokenizer.apply_chat_template(
+def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str, max_sequence_length: int) -> Tensor:
+    """Encode one prompt at its true length, as `ZImagePipeline` does; says what is truncated. -> (L, 2560)"""
+    chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
     )
-    tokens = encoder.tokenizer(chat).input_ids
+    tokens = tokenizer(chat).input_ids
     if len(tokens) > max_sequence_length:
-        lost = encoder.tokenizer.decode(tokens[max_sequence_length:])[:200]
+        lost = tokenizer.decode(tokens[max_sequence_length:])[:200]
         limit = f"--max_sequence_length {max_sequence_length} of {len(tokens)} tokens"
-        say(f"warning: {limit}; cut off: {lost!r}", everywhere=True)
-    input_ids = torch.tensor([tokens[:max_sequence_length]], device=encoder.model.device)  # (1, L)
-    return encoder.model(input_ids=input_ids).last_hidden_state[0]
+        say(f"warning: {limit}; truncated: {lost!r}", everywhere=True)
+    input_ids = torch.tensor([tokens[:max_sequence_length]], device=text_encoder.device)  # (1, L)
+    return text_encoder(input_ids=input_ids).last_hidden_state[0]
 
 
-def load_vae(model: Path, cfg: Config, device: torch.device) -> AutoencoderKL:
-    """Load the VAE."""
+def load_vae(model: Path, cfg: Config) -> AutoencoderKL:
+    """Load the VAE to the device, or to host memory with `--offload`."""
     with explained(f"{model}/vae cannot be loaded"):
         options = {"variant": cfg.variant, "torch_dtype": DTYPES[cfg.mixed_precision]}
         vae = AutoencoderKL.from_pretrained(model / "vae", **options)
-    refuse_missing([name for name, weight in vae.named_parameters() if weight.is_meta], model / "vae")
-    return vae.eval().to("cpu" if cfg.offload else device)
+    reject_missing([name for name, weight in vae.named_parameters() if weight.is_meta], model / "vae")
+    return vae.eval().to("cpu" if cfg.offload else PartialState().device)
 
 
 @torch.no_grad()
@@ -1549,179 +1423,126 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> T
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Decode scaled latents, on their device, to pictures as `ZImagePipeline` does. (B, 16, h, w) -> B pictures"""
-    with visiting(vae, latents.device):
-        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(unscaled, return_dict=False)[0]  # (B, 3, H, W)
-    return VaeImageProcessor().postprocess(pixels, output_type="pil")
-
-
-class Augmentation(NamedTuple):
-    """How one example differs from its picture."""
-
-    is_flipped: bool
-    centering: tuple[float, float]  # place of the crop, from left (0) to right (1) and from top to bottom
-
-
-CENTRE = (0.5, 0.5)
-
-
-def draw_augmentation(cfg: Config, number: int) -> Augmentation:
-    """Draw the flip and the crop of the `number`-th example."""
+def sample_augmentation(cfg: Config, number: int) -> tuple[bool, tuple[float, float]]:
+    """Sample whether an example is mirrored, and where it is cropped: from the top left (0, 0) to (1, 1)."""
     chance = random.Random(derive_seed(cfg.seed, "augmentation", number))
     is_flipped, centering = chance.random() < 0.5, (chance.random(), chance.random())
-    return Augmentation(is_flipped and cfg.random_flip, CENTRE if cfg.center_crop else centering)
+    return is_flipped and cfg.random_flip, CENTER if cfg.center_crop else centering
 
 
-def noise_seed(cfg: TrainingConfig, number: int) -> int:
-    """Choose the seed of the noise and the noise level of the `number`-th example."""
-    return derive_seed(cfg.seed, "noise", number)
-
-
-def load_pixels(sample: Sample, augmentation: Augmentation) -> Tensor:
-    """Load a picture scaled to cover its bucket, cropped and perhaps mirrored. -> (3, H, W) in [-1, 1]"""
+def load_pixels(sample: Sample, is_flipped: bool, centering: tuple[float, float] = CENTER) -> Tensor:
+    """Load an image scaled to cover its bucket, cropped, and perhaps mirrored. -> (3, H, W) in [-1, 1]"""
     height, width = sample.bucket
-    place, picture = augmentation.centering, load_picture(sample.path)
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS, centering=place)
-    if augmentation.is_flipped:
-        picture = ImageOps.mirror(picture)
-    return picture_tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
+    image = ImageOps.fit(load_image(sample.path), (width, height), Image.Resampling.LANCZOS, centering=centering)
+    image = ImageOps.mirror(image) if is_flipped else image
+    return image_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def picture_tensor(picture: Image.Image) -> Tensor:
-    """Copy an RGB picture's pixels. -> (H, W, 3) of uint8"""
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+def image_tensor(image: Image.Image) -> Tensor:
+    """Copy the pixels of an RGB image. -> (H, W, 3) of uint8"""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def share_of(items: list[Any], accelerator: Accelerator, is_even: bool = False) -> list[Any]:
-    """Take every n-th item of a list, the same for all n processes of this machine, whose disk may be its own.
-
-    With `is_even` some items are done twice, so that all processes do equally many, as FSDP's forward passes must be.
-    """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    if is_even:
+def share_of(items: list[Any], is_even: bool = False) -> list[Any]:
+    """Take this process's share of the work, split over this machine only: another one may have its own disk."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+    if is_even:  # do some twice, so that all processes do equally many, as FSDP's forward passes require
         items = list(itertools.islice(itertools.cycle(items), math.ceil(len(items) / processes) * processes))
-    return items[accelerator.local_process_index :: processes]
+    return items[PartialState().local_process_index :: processes]
 
 
-def progress_bar(items: Iterable[Any], title: str, accelerator: Accelerator, **options: int) -> tqdm:
-    """Show a bar on the first process while items are worked through."""
-    seconds = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
-    quiet = not accelerator.is_main_process
+def progress_bar(items: Iterable[Any], title: str, **options: Any) -> tqdm:
+    """Show a progress bar on the first process while iterating."""
+    seconds = 0.1 if sys.stderr.isatty() else 10  # fewer lines in a log file
+    quiet = not PartialState().is_main_process
     return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
 
-def tensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Encode tensors as a safetensors file whose bytes depend on its content only.
-
-    safetensors 0.8 writes its `__metadata__` in random order, so the header is sorted and padded to 8 bytes again.
-    """
-    content = serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    if "__metadata__" in header:
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as a sealed safetensors file."""
+    content = serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    write_file(path, seal(content, metadata or {}))
 
 
-def encoding_bytes(name: str, tensor: Tensor) -> bytes:
-    """Encode a tensor as a file of the cache, which knows its own hash."""
-    return tensors_bytes({name: tensor}, {"sha256": sha256(tensors_bytes({name: tensor}))})
-
-
-def is_encoding(path: Path) -> bool:
-    """Tell whether a file of the cache is there as it was written."""
-    try:
-        with safe_open(path, "pt") as file:
-            (name,) = file.keys()
-            return path.read_bytes() == encoding_bytes(name, file.get_tensor(name))
-    except Exception:  # a damaged header can say anything
-        return False
-
-
-def fill_prompts_cache(prompts: list[str], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
-    """Encode the prompts that are not on disk yet; only then is the text encoder loaded, and freed again."""
-    mine = share_of([*dict.fromkeys(prompts)], accelerator)
-    mine = [prompt for prompt in mine if not is_encoding(encodings.prompt(prompt))]
-    if not mine:
-        say("prompts: all come from the cache, the text encoder is not loaded")
-    else:
-        encoder = load_text_encoder(encodings.model, cfg, accelerator.device)
-        with visiting(encoder.model, accelerator.device):
-            for prompt in progress_bar(mine, "encoding prompts", accelerator):
-                embedding = encode_prompt(encoder, prompt, cfg.max_sequence_length)
-                write_file(encodings.prompt(prompt), encoding_bytes("prompt_embeds", embedding))
-        del encoder
+def fill_prompts_cache(prompts: list[str], encodings: Encodings) -> None:
+    """Encode the prompts that are not on disk yet; the text encoder is loaded only for that, and freed again."""
+    mine = [prompt for prompt in share_of([*dict.fromkeys(prompts)]) if read_sealed(encodings.prompt(prompt)) is None]
+    if mine:
+        tokenizer, text_encoder = load_text_encoder(encodings.model, encodings.cfg)
+        with visiting(text_encoder, PartialState().device):
+            for prompt in progress_bar(mine, "encoding prompts"):
+                prompt_embeds = encode_prompt(tokenizer, text_encoder, prompt, encodings.cfg.max_sequence_length)
+                write_tensors(encodings.prompt(prompt), {"prompt_embeds": prompt_embeds})
+        del text_encoder
         free_memory()
-    accelerator.wait_for_everyone()
-
-
-def fill_latents_cache(samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator) -> None:
-    """Encode the pictures that are not on disk yet, with mirror images if wanted; only then is the VAE loaded."""
-    wanted = [(sample, is_flipped) for sample in samples for is_flipped in (False, True)[: 1 + cfg.random_flip]]
-    mine = [job for job in share_of(wanted, accelerator) if not is_encoding(encodings.latents(*job))]
-    if not mine:
-        say("latents: all come from the cache, the VAE is not loaded for training")
     else:
-        vae = load_vae(encodings.model, cfg, accelerator.device)
-        for sample, is_flipped in progress_bar(mine, "encoding pictures", accelerator):
-            pixels = load_pixels(sample, Augmentation(is_flipped, CENTRE))[None]
-            latents = encode_images(vae, pixels, accelerator.device)[0]
-            write_file(encodings.latents(sample, is_flipped), encoding_bytes("latents", latents))
+        say("prompts: all cached, the text encoder is not loaded")
+    PartialState().wait_for_everyone()
+
+
+def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
+    """Encode the images that are not on disk yet, mirror images included; the VAE is loaded only for that."""
+    flips = (False, True) if encodings.cfg.random_flip else (False,)
+    mine = share_of([*itertools.product(samples, flips)])
+    mine = [job for job in mine if read_sealed(encodings.latents(*job)) is None]
+    if mine:
+        vae = load_vae(encodings.model, encodings.cfg)
+        for sample, is_flipped in progress_bar(mine, "encoding images"):
+            latents = encode_images(vae, load_pixels(sample, is_flipped)[None], PartialState().device)[0]
+            write_tensors(encodings.latents(sample, is_flipped), {"latents": latents})
         del vae
         free_memory()
-    accelerator.wait_for_everyone()
+    else:
+        say("latents: all cached, the VAE is not loaded for training")
+    PartialState().wait_for_everyone()
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave the signals of the whole group to the main process, which ends its workers when it is done."""
+    """Leave signals to the whole process group to the main process, which ends its workers when it is done."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class TrainingExamples(Dataset):
-    """Turn a `Draw` into an `Example`: load one picture or its latents, and one embedding, from disk."""
+    """Turn an `Example` into a batch of one: load an image or its latents, and its prompt embedding, from disk."""
 
-    def __init__(self, samples: list[Sample], encodings: Encodings, cfg: Config) -> None:
-        self.samples, self.encodings, self.cfg = samples, encodings, cfg
+    def __init__(self, samples: list[Sample], encodings: Encodings) -> None:
+        self.samples, self.encodings = samples, encodings
 
-    def __getitem__(self, draw: Draw) -> Example:
-        sample, augmentation = self.samples[draw.sample], draw_augmentation(self.cfg, draw.number)
-        if self.cfg.cache_latents:
-            image = load_file(self.encodings.latents(sample, augmentation.is_flipped))["latents"]
+    def __getitem__(self, example: Example) -> Batch:
+        cfg, sample = self.encodings.cfg, self.samples[example.sample]
+        is_flipped, centering = sample_augmentation(cfg, example.number)
+        if cfg.cache_latents:
+            image = load_file(self.encodings.latents(sample, is_flipped))["latents"]
         else:
-            image = load_pixels(sample, augmentation)
+            image = load_pixels(sample, is_flipped, centering)
         prompt_embeds = load_file(self.encodings.prompt(sample.prompt))["prompt_embeds"]
-        return Example(noise_seed(self.cfg, draw.number), image, prompt_embeds, sample.is_prior)
+        seed, is_prior = derive_seed(cfg.seed, "noise", example.number), torch.tensor([sample.is_prior])
+        return Batch([seed], image[None], [prompt_embeds], is_prior, [str(sample.path)])
 
 
-def collate(examples: list[Example]) -> Batch:
-    """Put the examples of one bucket together; `latents` still holds pixels where the cache is not used."""
-    seeds, images, prompt_embeds, is_prior = zip(*examples)
-    return Batch(list(seeds), torch.stack(images), list(prompt_embeds), torch.tensor(is_prior))
+def collate(examples: list[Batch]) -> Batch:
+    """Join the examples of one bucket; `latents` still holds pixels where there is no cache."""
+    seeds, images, prompt_embeds, is_prior, names = zip(*examples)
+    return Batch(sum(seeds, []), torch.cat(images), sum(prompt_embeds, []), torch.cat(is_prior), sum(names, []))
 
 
-def make_batches(
-    samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator, step: int
-) -> Iterator[Batch]:
+def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iterator[Batch]:
     """Yield this process's slice of every micro-batch after optimizer step `step`, without end, on the device."""
-    size, rank = cfg.train_batch_size, accelerator.process_index
-    batches = micro_batches(samples, cfg, size * accelerator.num_processes)
+    cfg, state = encodings.cfg, PartialState()
+    size, rank = cfg.train_batch_size, state.process_index
+    batches = micro_batches(samples, cfg, size * state.num_processes)
     batches = itertools.islice(batches, step * cfg.gradient_accumulation_steps, None)
-    mine = (batch[rank * size : (rank + 1) * size] for batch in batches)
     loader = DataLoader(
-        TrainingExamples(samples, encodings, cfg), batch_sampler=mine, collate_fn=collate,
+        TrainingExamples(samples, encodings), collate_fn=collate,
+        batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
         num_workers=cfg.dataloader_num_workers, worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # else the loader would draw from the global one
+        generator=torch.Generator(),  # else the loader would use the global one
     )  # fmt: skip
-    vae = None if cfg.cache_latents else load_vae(encodings.model, cfg, accelerator.device)
+    vae = None if cfg.cache_latents else load_vae(encodings.model, cfg)
     for batch in loader:
-        latents = batch.latents if vae is None else encode_images(vae, batch.latents, accelerator.device)
-        yield send_to_device(batch._replace(latents=latents), accelerator.device)
+        latents = batch.latents if vae is None else encode_images(vae, batch.latents, state.device)
+        yield send_to_device(batch._replace(latents=latents), state.device)
 
 
 # =====================================================================================================================
@@ -1729,28 +1550,17 @@ def make_batches(
 # =====================================================================================================================
 
 FP8 = torch.float8_e4m3fn
-LAYER_ALIASES = {  # names from diffusers' other transformers, which commands for Z-Image have inherited
+LAYER_ALIASES = {  # names in diffusers' other transformers, which commands for Z-Image have inherited
     "ff.net.0.proj": ("feed_forward.w1", "feed_forward.w3"),
     "ff.net.2": ("feed_forward.w2",),
 }
 
 
-class Format(NamedTuple):
-    """How a frozen weight (N, K) is stored, and how it is multiplied."""
-
-    storage: str  # fp8 and int8: a scale per row; nf4: a scale per 64 values
-    shape: torch.Size
-    dtype: torch.dtype  # of the layer's inputs and outputs
-    has_fp8_products: bool
-
-
 def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to fp8, every row scaled to fill its range. (M, K) -> (M, K) of e4m3, (M, 1) of fp32 to multiply it by"""
-    from torchao.float8.config import ScalingGranularity
-    from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
-
-    scale = tensor_to_scale(tensor, FP8, scaling_granularity=ScalingGranularity.AXISWISE, axiswise_dim=-1)
-    return to_fp8_saturated(tensor.float() * scale, FP8).contiguous(), 1 / scale
+    """Round to fp8, each row scaled to fill its range. (M, K) -> (M, K) of e4m3, (M, 1) of fp32 to multiply it by"""
+    largest = torch.linalg.vector_norm(tensor, math.inf, dim=-1, keepdim=True)  # (M, 1)
+    scale = (torch.finfo(FP8).max / largest.double().clamp(min=1e-12)).float()
+    return (tensor * scale).to(FP8), 1 / scale
 
 
 def multiply_fp8(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
@@ -1759,80 +1569,49 @@ def multiply_fp8(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: T
     return F.scaled_mm(left, right, left_scale, by_row, right_scale, by_row, output_dtype=torch.bfloat16)
 
 
-def compress(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
-    """Quantise a weight. (N, K) -> its bytes, fp32 scales
+def dequantize(weight: Tensor) -> Tensor:
+    """Restore a weight that torchao or bitsandbytes has quantized, up to rounding. -> (N, K)"""
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
 
-    fp8 goes as uint8, because PEFT would make a LoRA in the dtype of a floating-point weight.
-    """
-    if storage == "nf4":
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        return packed, state.absmax
-    if storage == "int8":
-        from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
-
-        row = (1, weight.shape[1])
-        scale, zero = choose_qparams_affine(
-            weight, MappingType.SYMMETRIC, row, torch.int8, scale_dtype=torch.float32, keepdim=True
-        )
-        return quantize_affine(weight, row, scale, zero, torch.int8), scale
-    rounded, scale = to_fp8(weight)
-    return rounded.view(torch.uint8), scale
-
-
-def restore(stored: Tensor, scale: Tensor, form: Format) -> Tensor:
-    """Undo `compress`, up to its rounding. -> (N, K)"""
-    if form.storage == "nf4":
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        return dequantize_4bit(stored, QuantState(scale, form.shape, blocksize=64, quant_type="nf4", dtype=form.dtype))
-    values = stored.view(FP8) if form.storage == "fp8" else stored
-    return values.to(form.dtype) * scale.to(form.dtype)
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight.dequantize()
 
 
 class FrozenProduct(torch.autograd.Function):
     """x W^T for a frozen weight; the backward pass keeps the weight as it is stored, and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor, form: Format) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, has_fp8_products: bool) -> Tensor:
         """Multiply. (..., K) -> (..., N)"""
-        ctx.save_for_backward(stored, scale)
-        ctx.form = form
-        if not form.has_fp8_products:
-            return F.linear(x, restore(stored, scale, form))
+        ctx.weight, ctx.has_fp8_products, ctx.dtype = weight, has_fp8_products, x.dtype
+        if not has_fp8_products:
+            restored = dequantize(weight)
+            return F.linear(x.to(restored.dtype), restored)
         rows, rows_scale = to_fp8(x.flatten(0, -2))
-        product = multiply_fp8(rows, stored.view(FP8).t(), rows_scale, scale.t())
-        return product.to(form.dtype).unflatten(0, x.shape[:-1])
+        product = multiply_fp8(rows, weight.qdata.t(), rows_scale, weight.scale.t())
+        return product.to(weight.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Take the gradient back to the input; the weight has none. (..., N) -> (..., K)"""
-        (stored, scale), form = ctx.saved_tensors, ctx.form
-        if not form.has_fp8_products:
-            return gradient @ restore(stored, scale, form), None, None, None
-        rows, rows_scale = to_fp8(gradient.flatten(0, -2) * scale.t())  # W's scales lie along the sum: they go first
-        weight = stored.view(FP8).t().contiguous().t()  # column-major, as the product wants it
-        product = multiply_fp8(rows, weight, rows_scale, torch.ones(1, form.shape[1], device=scale.device))
-        return product.to(form.dtype).unflatten(0, gradient.shape[:-1]), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Compute the gradient of the input; the weight has none. (..., N) -> (..., K)"""
+        weight = ctx.weight
+        if not ctx.has_fp8_products:
+            return (gradient @ dequantize(weight)).to(ctx.dtype), None, None
+        rows, rows_scale = to_fp8(gradient.flatten(0, -2) * weight.scale.t())  # W's scales lie along the sum
+        turned = weight.qdata.t().contiguous().t()  # column-major, as the product requires
+        product = multiply_fp8(rows, turned, rows_scale, torch.ones(1, weight.shape[1], device=weight.device))
+        return product.to(ctx.dtype).unflatten(0, gradient.shape[:-1]), None, None
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer whose weight is stored in 8 or 4 bits and never trained."""
+    """A quantized layer; the libraries' own keep a bf16 weight or fp32 activations for the backward pass."""
 
-    def __init__(self, linear: nn.Linear, storage: str, dtype: torch.dtype, has_fp8_products: bool) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, "meta", dtype)
-        fits = linear.in_features % 16 == 0 and linear.out_features % 16 == 0  # else the hardware cannot
-        self.form = Format(storage, self.weight.shape, dtype, has_fp8_products and fits)
-
-    def store(self, weight: Tensor) -> None:
-        """Take over a weight (N, K)."""
-        stored, scale = compress(weight, self.form.storage)
-        self.weight, self.scale = nn.Parameter(stored, False), nn.Parameter(scale, False)
+    has_fp8_products = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer. (..., K) -> (..., N)"""
-        product = FrozenProduct.apply(x.to(self.form.dtype), self.weight, self.scale, self.form)
+        product = FrozenProduct.apply(x, self.weight, self.has_fp8_products)
         return product if self.bias is None else product + self.bias
 
 
@@ -1842,48 +1621,38 @@ def make_empty_transformer(model: Path) -> ZImageTransformer2DModel:
         return ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(model / "transformer"))
 
 
-def load_compressed(model: Path, cfg: Config, dtype: torch.dtype, device: torch.device) -> ZImageTransformer2DModel:
-    """Read the transformer tensor by tensor, quantising at once: it never exists whole in its original precision."""
-    transformer = make_empty_transformer(model).to(dtype)
-    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-    for block in (module for module in transformer.modules() if isinstance(module, ZImageTransformerBlock)):
-        for name, linear in list(block.named_modules()):
-            if isinstance(linear, nn.Linear):
-                block.set_submodule(name, FrozenLinear(linear, cfg.storage, dtype, cfg.do_fp8_training))
-    for file in weight_files(model / "transformer", cfg.variant):
-        with safe_open(file, "pt") as shard:
-            for name in shard.keys():
-                tensor = shard.get_tensor(name).to(device, dtype)
-                fits = tensor.shape == shapes.get(name)
-                require(fits, f"{file}: {name} does not fit the model's config.json; download it again")
-                owner, _, kind = name.rpartition(".")
-                module = transformer.get_submodule(owner)
-                if isinstance(module, FrozenLinear) and kind == "weight":
-                    module.store(tensor)
-                else:
-                    setattr(module, kind, nn.Parameter(tensor.clone(), False))  # a view would keep the whole shard
-    return transformer
-
-
-def bnb_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """Translate `--bnb_quantization_config_path` into options of `from_pretrained`; none without it."""
-    settings = read_bnb_settings(cfg)
-    if not settings:
+def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """Translate the storage of the frozen weights into options for `from_pretrained`; empty for plain weights."""
+    outside = ["all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder"]  # the blocks, which alone are large
+    device = PartialState().device
+    if cfg.storage is None and cfg.bnb_quantization_config_path is None:
         return {}
-    from diffusers import BitsAndBytesConfig
+    if cfg.storage in ("fp8", "int8"):
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-    return {"quantization_config": BitsAndBytesConfig(**settings | {"bnb_4bit_compute_dtype": dtype})}
-
-
-def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch.device) -> ZImageTransformer2DModel:
-    """Load the frozen transformer: to host memory, quantised ones to the device."""
-    if cfg.storage is not None:
-        transformer = load_compressed(model, cfg, dtype, device)
+        kind = {"fp8": Float8WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[cfg.storage]
+        config = TorchAoConfig(kind(set_inductor_config=False), modules_to_not_convert=outside)
     else:
-        options = {"variant": cfg.variant, "torch_dtype": dtype} | bnb_options(cfg, dtype)
-        with explained(f"{model}/transformer cannot be loaded"):
-            transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
-    refuse_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
+        given, known = read_bnb_settings(cfg), inspect.signature(BitsAndBytesConfig).parameters
+        unknown = ", ".join(sorted(set(given) - set(known)))
+        source = f"--bnb_quantization_config_path {cfg.bnb_quantization_config_path}"
+        require(not unknown, f"{source}: unknown settings {unknown}; BitsAndBytesConfig has {', '.join(known)}")
+        given = given or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        config = BitsAndBytesConfig(**{"llm_int8_skip_modules": outside} | given | {"bnb_4bit_compute_dtype": dtype})
+    return {"quantization_config": config, "device_map": None if device.type == "cpu" else {"": device}}
+
+
+def load_transformer(model: Path, cfg: Config, dtype: torch.dtype) -> ZImageTransformer2DModel:
+    """Load the frozen transformer: to host memory, or quantized, tensor by tensor, to the device."""
+    options = {"variant": cfg.variant, "torch_dtype": dtype} | quantization_options(cfg, dtype)
+    with explained(f"{model}/transformer cannot be loaded"):
+        transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
+    reject_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
+    for module in transformer.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(weight, "qdata") or hasattr(weight, "quant_state"):  # torchao's, or bitsandbytes' in 4 bits
+            fits = all(side % 16 == 0 for side in weight.shape)  # else the hardware cannot
+            module.__class__, module.has_fp8_products = FrozenLinear, cfg.do_fp8_training and fits
     transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps an earlier run's for the whole process
     if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
         transformer.enable_gradient_checkpointing()
@@ -1891,21 +1660,20 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype, device: torch
 
 
 def expand_range(name: str) -> Iterator[str]:
-    """Write `layers.0-9.attention` out as ten names; a name without a range stays as it is."""
+    """Expand `layers.0-9.attention` to ten names; a name without a range stays as it is."""
     match = re.fullmatch(r"(.+\.)(\d{1,99})-(\d{1,99})(\..+)?", name)
     if match is None or int(match[2]) > int(match[3]):
         return iter([name])
     return (f"{match[1]}{number}{match[4] or ''}" for number in range(int(match[2]), int(match[3]) + 1))
 
 
-def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
-    """Translate `--lora_layers` into the full names of linear layers, looked up in a model without weights.
+def resolve_lora_layers(lora_layers: str, empty: ZImageTransformer2DModel) -> list[str]:
+    """Translate `--lora_layers` into the full names of linear layers.
 
-    A name stands for every layer that it is, that ends in it, or that lies inside it: `to_q`, `layers.10.attention`,
-    `layers.10.attention.to_q`; `layers.0-9` is a range. Raises UserError for a name that stands for nothing.
+    A name selects every layer that it is, that ends in it, or that is inside it: `to_q`, `layers.10.attention`,
+    `layers.10.attention.to_q`; `layers.0-9` is a range. Raises UserError for a name that selects nothing.
     """
-    modules = make_empty_transformer(model).named_modules()
-    linear = [name for name, module in modules if isinstance(module, nn.Linear)]
+    linear = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
     wanted = [name.strip() for name in lora_layers.split(",") if name.strip()]
     require(bool(wanted), "--lora_layers is empty; leave it out for the attention and feed-forward layers")
     chosen = set()
@@ -1915,50 +1683,102 @@ def resolve_lora_layers(lora_layers: str, model: Path) -> list[str]:
         for part in LAYER_ALIASES.get(name, expand_range(name)):
             hits = {layer for layer in linear if f".{part}." in f".{layer}."}
             endings = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in linear})
-            require(bool(hits), f"--lora_layers: no linear layer is called {part}; there are {', '.join(endings)}")
+            require(bool(hits), f"--lora_layers: no linear layer matches {part}; there are {', '.join(endings)}")
             chosen |= hits
     return [layer for layer in linear if layer in chosen]
 
 
-def check_sizes(cfg: Config, samples: list[Sample], model: Path) -> None:
-    """Refuse pictures beyond the transformer's table of positions, one for every 16 pixels."""
-    frames, rows, columns = make_empty_transformer(model).config.axes_lens
-    length = cfg.max_sequence_length  # captions are padded to a multiple of 32, and the picture comes after them
+def check_sizes(cfg: Config, samples: list[Sample], empty: ZImageTransformer2DModel) -> None:
+    """Reject images and prompts that exceed the transformer's table of positions, which has one per 16 pixels."""
+    frames, rows, columns = empty.config.axes_lens
+    length = cfg.max_sequence_length  # captions are padded to a multiple of 32, and the image follows them
     fits = length <= 512 or math.ceil(length / 32) * 32 + 2 <= frames
-    require(fits, f"--max_sequence_length {length} is beyond this model, which has {frames} positions; take 512")
-    side = cfg.validation_resolution or training_side(cfg)
+    require(fits, f"--max_sequence_length {length} is too large for this model, which has {frames} positions; use 512")
+    side = cfg.validation_resolution or cfg.training_side
     for height, width in {(side, side), *(sample.bucket for sample in samples)}:
         require(
             height <= 16 * rows and width <= 16 * columns,
-            f"{height} x {width} is too large for this model, which knows {16 * rows} x {16 * columns} pixels; "
-            "lower --resolution, --aspect_ratio_buckets or --validation_resolution",
+            f"{height} x {width} is too large for this model, which supports {16 * rows} x {16 * columns} pixels; "
+            "lower --resolution, --aspect_ratio_buckets, or --validation_resolution",
         )
 
 
-def add_lora(
-    transformer: ZImageTransformer2DModel, layers: list[str], cfg: LoraSettings, seed: int
-) -> list[nn.Parameter]:
+def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Config) -> list[nn.Parameter]:
     """Add a LoRA in fp32 to the named layers, the same on every process; returns what is trained."""
-    torch.manual_seed(seed)
+    torch.manual_seed(cfg.seed)
     settings = LoraConfig(
         r=cfg.rank, lora_alpha=cfg.lora_alpha or cfg.rank, lora_dropout=cfg.lora_dropout, target_modules=layers,
         init_lora_weights="gaussian",
     )  # fmt: skip
     transformer.add_adapter(settings)
     cast_training_params(transformer, torch.float32)
+    frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+    # Else DDP broadcasts 12 GB that every process has just read, and fails on torchao's tensors. The public way is
+    # torch's `init_sync`, which accelerate does not pass on.
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def describe_lora(transformer: nn.Module, layers: list[str], cfg: LoraSettings) -> list[str]:
-    """Tell how much is frozen and trained, and how strongly it counts."""
-    frozen = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
-    size = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+def describe_lora(transformer: nn.Module, layers: list[str], cfg: Config) -> str:
+    """Describe how much is trained, how much is frozen, and the scale of the update."""
+    frozen = sum(p.numel() * p.element_size() for p in transformer.parameters() if not p.requires_grad)
     count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    return [
-        f"transformer: {size / 1e9:.3g} GB of frozen weights",
-        f"LoRA: {count:,} trainable parameters in {len(layers)} layers, rank {cfg.rank}, "
-        f"effective scale alpha / rank = {cfg.lora_scale:g}",
-    ]
+    return (
+        f"LoRA: {count:,} trainable parameters in {len(layers)} layers, rank {cfg.rank}, effective scale alpha / rank "
+        f"= {cfg.lora_scale:g}, over {frozen / 1e9:.3g} GB of frozen weights"
+    )
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that FSDP has sharded; all processes must call this. Others stay as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """Put a tensor on the device of another one, sharded in the same way if it has the same shape."""
+    if isinstance(example, DTensor) and tensor.shape == example.shape:
+        return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
+    return tensor.to(example.device) if tensor.dim() else tensor  # an optimizer's step count stays where it is
+
+
+def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained by its names in files, without the wrappers of DDP, FSDP, and torch.compile."""
+    wrappers = re.compile(r"\b(module|_orig_mod|_checkpoint_wrapped_module|default)\.")
+    named = transformer.named_parameters()
+    return {wrappers.sub("", name): parameter for name, parameter in named if parameter.requires_grad}
+
+
+def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
+    """Gather the tensors of the LoRA, on all processes. Raises FloatingPointError if they are not finite."""
+    state = {name: full_tensor(parameter.detach()) for name, parameter in lora_parameters(transformer).items()}
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise FloatingPointError("the LoRA is no longer finite and is not saved; lower --learning_rate")
+    return state
+
+
+@torch.no_grad()
+def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy tensors that `lora_state_dict` returned into the live model."""
+    for name, parameter in lora_parameters(transformer).items():
+        parameter.copy_(place_like(state[name], parameter))
+
+
+def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name tensors for diffusers, and fold alpha / rank into lora_B, so that every loader applies the LoRA alike."""
+    return {
+        f"transformer.{name}": (tensor.float() * (scale if ".lora_B." in name else 1)).to(dtype)
+        for name, tensor in state.items()
+    }
+
+
+def lora_metadata(cfg: Config) -> dict[str, str]:
+    """Describe the LoRA for its header (modelspec 1.0.1), without dates and paths: equal content gives equal bytes."""
+    prompt, side = cfg.instance_prompt or "", cfg.training_side
+    return {
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "z-image/lora",
+        "modelspec.implementation": "diffusers", "modelspec.resolution": f"{side}x{side}",
+        "modelspec.title": f"Z-Image LoRA {prompt}".strip(), "modelspec.trigger_phrase": prompt,
+    }  # fmt: skip
 
 
 # =====================================================================================================================
@@ -1967,39 +1787,39 @@ def describe_lora(transformer: nn.Module, layers: list[str], cfg: LoraSettings) 
 
 
 def sample_noise(seeds: list[int], shape: torch.Size) -> Tensor:
-    """Draw Gaussian noise, each example's from its own seed, the same on every device. -> (B, *shape)"""
+    """Sample Gaussian noise, each example's from its own seed, the same on every device. -> (B, *shape)"""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Move noise levels towards noise for a shift above 1, as FlowMatchEulerDiscreteScheduler does. (B,) -> (B,)"""
+    """Move noise levels toward noise for a shift above 1, as FlowMatchEulerDiscreteScheduler does. (B,) -> (B,)"""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def read_timestep_shift(cfg: ObjectiveConfig, model: Path) -> float:
-    """Resolve `--timestep_shift`: a number, or what the checkpoint's scheduler says."""
+def read_timestep_shift(cfg: Config, model: Path) -> float:
+    """Resolve `--timestep_shift`: a number, or the value of the model's scheduler."""
     if cfg.timestep_shift != "scheduler":
         return float(cfg.timestep_shift)
     settings = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")
     is_static = not settings.get("use_dynamic_shifting", False)
-    require(is_static, "--timestep_shift scheduler: this checkpoint shifts by picture size; give a number instead")
+    require(is_static, "--timestep_shift scheduler: the shift of this model depends on the image size; use a number")
     return settings["shift"]
 
 
-def sample_sigmas(seeds: list[int], cfg: ObjectiveConfig, shift: float) -> Tensor:
-    """Draw continuous noise levels, 1 being pure noise, each from its example's seed. -> (B,)
+def sample_sigmas(seeds: list[int], cfg: Config, shift: float) -> Tensor:
+    """Sample continuous noise levels, 1 being pure noise, each from its example's seed. -> (B,)
 
     The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
-    a positive logit_mean therefore means more noise. Levels below 1/1000 are raised to it: sigma_sqrt divides by them.
+    so a positive logit_mean means more noise. Levels below 1/1000 are raised to it: sigma_sqrt divides by them.
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "sigma")) for seed in seeds]
     density = (cfg.weighting_scheme, 1, cfg.logit_mean, cfg.logit_std, cfg.mode_scale)
-    draws = [compute_density_for_timestep_sampling(*density, generator=generator) for generator in generators]
-    return shift_sigmas(torch.cat(draws), shift).clamp(1e-3, 1.0)
+    levels = [compute_density_for_timestep_sampling(*density, generator=generator) for generator in generators]
+    return shift_sigmas(torch.cat(levels), shift).clamp(1e-3, 1.0)
 
 
 def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Move latents along the straight line to the noise. (B, 16, h, w), (B, 16, h, w), (B,) -> (B, 16, h, w)"""
+    """Interpolate between latents and noise. (B, 16, h, w), (B, 16, h, w), (B,) -> (B, 16, h, w)"""
     sigmas = sigmas.view(-1, 1, 1, 1)
     return (1 - sigmas) * latents + sigmas * noise
 
@@ -2007,7 +1827,7 @@ def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 def predict_velocity(
     transformer: nn.Module, noisy_latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]
 ) -> Tensor:
-    """Speak Z-Image's dialect: lists instead of batches, a frame axis, time 1 - sigma, and the opposite sign."""
+    """Follow Z-Image's conventions: lists instead of batches, a frame axis, time 1 - sigma, and the opposite sign."""
     assert len(prompt_embeds) == len(noisy_latents), "the model pairs them by zip and drops the surplus"
     frames = list(noisy_latents.unsqueeze(2).unbind(0))  # B of (16, 1, h, w)
     outputs = transformer(frames, 1 - sigmas, prompt_embeds, return_dict=False)[0]
@@ -2015,13 +1835,13 @@ def predict_velocity(
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor) -> Tensor:
-    """Mean squared error, each image counted by its weight. (B, 16, h, w), (B, 16, h, w), (B,) -> scalar"""
+    """Compute the mean squared error, weighted per image. (B, 16, h, w), (B, 16, h, w), (B,) -> scalar"""
     per_image = (velocity.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
     return (image_weights * per_image).mean()
 
 
-def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, shift: float) -> Tensor:
-    """Take one forward pass: noise the latents, predict the velocity, compare it with the true one. -> scalar"""
+def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: float) -> Tensor:
+    """Compute the loss of a batch: add noise, predict the velocity, compare it with the true one. -> scalar"""
     latents = batch.latents  # (B, 16, h, w)
     noise = sample_noise(batch.seeds, latents.shape[1:]).to(latents.device)  # (B, 16, h, w)
     sigmas = sample_sigmas(batch.seeds, cfg, shift).to(latents.device)  # (B,)
@@ -2037,8 +1857,8 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: ObjectiveConfig, sh
 # =====================================================================================================================
 
 
-def anyone(condition: bool) -> bool:
-    """Tell whether a condition holds on any process; all must ask together."""
+def any_process(condition: bool) -> bool:
+    """Tell whether a condition holds on any process; all must call this together."""
     state = PartialState()
     if state.num_processes == 1:
         return condition
@@ -2046,119 +1866,100 @@ def anyone(condition: bool) -> bool:
 
 
 class StopRequest:
-    """What asks the run to stop: a signal, the end of its launcher, or of `--max_train_minutes`.
+    """What asks the training to stop: a signal, the death of its launcher, or `--max_train_minutes`.
 
-    It raises `Stopped` at once, for every file is whole at every moment. While `is_deferred`, as in training, where a
-    checkpoint can be saved first, it waits until all processes, of which one is enough, agree on a place to stop.
+    It is polled after every micro-batch and every denoising step, because all processes must stop at the same point.
+    Before and after training there is nothing to save and every file is complete, so signals act as they always do.
     """
 
     def __init__(self, minutes: float | None) -> None:
-        self.number, self.reason, self.is_deferred = 0, "", False
+        self.number, self.reason, self.handlers = signal.SIGTERM, "", {}
         self.parent = PARENT if RUN_AS_SCRIPT else os.getppid()
         self.deadline = time.monotonic() + 60 * (minutes or math.inf)
-        self.is_over, self.handlers = threading.Event(), {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # signals are for no other
+        if threading.current_thread() is threading.main_thread():  # no other can handle signals
             self.handlers = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
-            threading.Thread(target=self.watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.is_over.set()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: Any) -> None:
-        """Take a signal; a second SIGINT ends the process where it stands."""
+        """Handle a signal; a second SIGINT ends the process immediately."""
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        self.number, self.reason = self.number or number, self.reason or signal.Signals(number).name
-        if not self.is_deferred:
-            raise Stopped(f"stopped by {self.reason}", self.number)
-
-    def watch(self) -> None:
-        """Look every second whether the launcher has died or the time is up, and pass on what nobody has heard."""
-        is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
-        while not self.is_over.wait(1):
-            if is_launched and os.getppid() != self.parent:
-                self.reason = self.reason or "the end of its launcher"
-            elif time.monotonic() > self.deadline:
-                self.reason = self.reason or "--max_train_minutes"
-            if self.reason and not (self.number and self.is_deferred):
-                os.kill(os.getpid(), self.number or signal.SIGTERM)
+        self.number, self.reason = number, self.reason or signal.Signals(number).name
 
     def is_agreed(self) -> bool:
-        """Tell whether any process has been asked to stop; all must ask together."""
-        is_asked = anyone(self.number > 0)  # a signal that comes while they ask is for the next time
-        if is_asked:
-            self.number, self.reason = self.number or signal.SIGTERM, self.reason or "another process"
+        """Tell whether any process was asked to stop; all must call this together."""
+        is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
+        if is_launched and os.getppid() != self.parent:
+            self.reason = self.reason or "the end of its launcher"
+        elif time.monotonic() > self.deadline:
+            self.reason = self.reason or "--max_train_minutes"
+        is_asked = any_process(self.reason != "")  # a signal that arrives during this call counts for the next one
+        self.reason = self.reason or "another process" * is_asked
         return is_asked
 
-    def ends(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass batches on until the run is to stop."""
-        for batch in batches:
-            yield batch
-            if self.is_agreed():
-                return
-
     def on_step_end(self, pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Stop between two denoising steps; all processes must draw equally many."""
+        """Stop between two denoising steps; a callback for `ZImagePipeline`."""
         if self.is_agreed():
             raise Stopped(f"stopped by {self.reason}", self.number)
         return tensors
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Collect a tensor that FSDP has spread over the processes, all of which must call this; others stay as is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+class Run(NamedTuple):
+    """What the sections from here on work with: what was decided, and what is live."""
+
+    cfg: Config
+    plan: Plan
+    encodings: Encodings
+    accelerator: Accelerator
+    transformer: nn.Module  # as accelerate has prepared it
+    optimizer: torch.optim.Optimizer
+    stop: StopRequest
+    shift: float  # of the noise levels
 
 
-def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """Spread a tensor over the processes as another one is, if it is."""
-    if not isinstance(example, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
+def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
+    """Run the loop, yielding metrics after every optimizer step; the caller saves and validates.
 
-
-def train(
-    cfg: Config, accelerator: Accelerator, transformer: nn.Module, optimizer: Optimizer, batches: Iterator[Batch],
-    samples: list[Sample], schedule: Schedule,
-) -> Iterator[dict[str, float]]:  # fmt: skip
-    """Run the loop, yielding metrics after every optimizer step; saving and sampling happen at the caller's.
-
-    It ends early when the batches do. Raises FloatingPointError, before the weights move, if the loss is not finite.
+    It ends early if the batches do. Raises FloatingPointError, before the weights change, if the loss is not finite.
     """
+    cfg, accelerator, optimizer, schedule = run.cfg, run.accelerator, run.optimizer, run.plan.schedule
     learning_rate_at, skipped = make_learning_rate(cfg, schedule), 0
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    transformer.train()
+    parameters = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
+    run.transformer.train()
     for step in range(schedule.first_step, schedule.max_train_steps):
-        started, losses = time.perf_counter(), []
-        for index, batch in enumerate(itertools.islice(batches, cfg.gradient_accumulation_steps)):
-            torch.manual_seed(derive_seed(cfg.seed, "dropout", step, index, accelerator.process_index))
-            with accelerator.accumulate(transformer):
-                loss = training_loss(transformer, batch, cfg, schedule.timestep_shift)
+        started, losses, seen = time.perf_counter(), [], []
+        for batch in itertools.islice(batches, cfg.gradient_accumulation_steps):
+            torch.manual_seed(derive_seed(cfg.seed, "dropout", step, len(losses), accelerator.process_index))
+            with accelerator.accumulate(run.transformer):
+                loss = training_loss(run.transformer, batch, cfg, run.shift)
                 accelerator.backward(loss)
             losses.append(loss.detach())
+            seen += zip(batch.names, sample_sigmas(batch.seeds, cfg, run.shift).tolist())
         if len(losses) < cfg.gradient_accumulation_steps:
-            return  # the weights have not moved; whoever continues takes these batches again
+            return  # the weights have not changed; a resumed run takes these batches again
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        grad_norm = float(whole(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)))
+        grad_norm = float(full_tensor(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)))
         metrics = {"step": step + 1, "loss": loss, "grad_norm": grad_norm}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
-        skipped = 0 if is_finite(metrics, samples, cfg, schedule, skipped) else skipped + 1
-        if skipped:
-            metrics["is_skipped"] = True
-        else:
+        if is_finite(cfg, metrics, seen, skipped):
             optimizer.step()
+            skipped = 0
+        else:
+            metrics["is_skipped"], skipped = True, skipped + 1
         optimizer.zero_grad()
-        lr = learning_rate_at(step) * optimizer.param_groups[0].get("d", 1.0)  # Prodigy's rate counts times its d
+        lr = learning_rate_at(step) * optimizer.param_groups[0].get("d", 1.0)  # Prodigy multiplies it by its d
         yield metrics | {"lr": lr, "seconds": round(time.perf_counter() - started, 3)}
 
 
-def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> Optimizer:
-    """Make the optimizer over the LoRA's fp32 parameters."""
+def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    """Make the optimizer for the LoRA's fp32 parameters."""
     common = {
         "lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2), "weight_decay": cfg.adam_weight_decay,
         "eps": cfg.adam_epsilon,
@@ -2178,8 +1979,32 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: OptimizerConfig) -> Opti
         )  # fmt: skip
 
 
-def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[int], float]:
-    """Make the learning rate a function of the optimizer step, with diffusers' schedules."""
+def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
+    """Reject what this machine cannot compute."""
+    device, dtype = PartialState().device, DTYPES[cfg.mixed_precision]
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    require(
+        not (cfg.do_fp8_training and is_old),
+        "--do_fp8_training needs a GPU with compute capability 8.9 or higher (Ada, Hopper, or later); "
+        "--quantization fp8 stores the weights in 8 bits on any GPU",
+    )
+    with explained("the frozen weights cannot be quantized here", "--quantization int8 and fp8 work everywhere"):
+        options = quantization_options(cfg, dtype)
+        if options:
+            DiffusersAutoQuantizer.from_config(options["quantization_config"]).validate_environment()
+    if cfg.has_8bit_state:
+        with explained("--use_8bit_adam: bitsandbytes does not support it on this machine", "leave the flag out"):
+            probe = nn.Parameter(torch.zeros(4096, device=device))
+            probe.grad = torch.zeros_like(probe)
+            make_optimizer([probe], cfg).step()
+    with explained(f"--attention_backend {cfg.attention}", "it cannot be used for training here; leave it out"):
+        empty.set_attention_backend(cfg.attention)
+        query = torch.ones(1, 32, 2, 64, dtype=dtype, device=device, requires_grad=True)
+        dispatch_attention_fn(query, query, query).sum().backward()
+
+
+def make_learning_rate(cfg: Config, schedule: Schedule) -> Callable[[int], float]:
+    """Make the learning rate a function of the optimizer step, using diffusers' schedules."""
     peak = cfg.learning_rate * (schedule.total_batch if cfg.scale_lr else 1)
     placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
     scheduler = get_scheduler(
@@ -2189,281 +2014,201 @@ def make_learning_rate(cfg: OptimizerConfig, schedule: Schedule) -> Callable[[in
     return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
-def is_finite(metrics: dict[str, float], samples: list[Sample], cfg: Config, schedule: Schedule, skipped: int) -> bool:
-    """Tell whether a step's numbers are finite; if not, name its pictures and noise levels, on all processes.
-
-    Raises FloatingPointError, or with `--on_nan skip` returns False, up to ten times in a row.
-    """
-    step, count = metrics["step"], cfg.gradient_accumulation_steps
+def is_finite(cfg: Config, metrics: dict[str, float], seen: list[tuple[str, float]], skipped: int) -> bool:
+    """Tell whether a step's metrics are finite. Raises FloatingPointError, naming the images, unless told to skip."""
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         return True
-    batches = itertools.islice(micro_batches(samples, cfg, schedule.micro_batch), (step - 1) * count, step * count)
-    draws = [draw for batch in batches for draw in batch]
-    sigmas = sample_sigmas([noise_seed(cfg, draw.number) for draw in draws], cfg, schedule.timestep_shift)
-    examples = [f"{samples[draw.sample].path} at sigma {sigma:.3f}" for draw, sigma in zip(draws, sigmas)]
-    problem = f"step {step}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, with "
-    problem += ", ".join(examples)
+    examples = ", ".join(gather_object([f"{name} at sigma {sigma:.3f}" for name, sigma in seen]))
+    problem = f"step {metrics['step']}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, with "
     if cfg.on_nan == "skip" and skipped < 10:
-        say(f"warning: {problem}; the step is skipped")
+        say(f"warning: {problem}{examples}; the step is skipped")
         return False
     last = next(filter(read_checkpoint, reversed(list_checkpoints(Path(cfg.output_dir)))), None)
     good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-    others = "ten steps in a row were skipped already" if skipped else "--on_nan skip goes on without such steps"
+    option = "ten steps in a row were skipped already" if skipped else "--on_nan skip leaves such steps out"
     raise FloatingPointError(
-        f"{problem}; the run stops, its weights unmoved; {good}. A lower --learning_rate is the usual remedy; {others}"
+        f"{problem}{examples}; training stops, the weights are unchanged; {good}. "
+        f"A lower --learning_rate is the usual remedy; {option}"
     )
 
 
-def lora_tensors(transformer: nn.Module) -> dict[str, Tensor]:
-    """Find the live tensors of the LoRA, by their names in files.
-
-    PEFT's own function finds none of them inside the wrappers of FSDP's activation checkpointing.
-    """
-    state = transformer.state_dict()  # its tensors share their memory with the parameters
-    return {name.replace(".default.", "."): tensor for name, tensor in state.items() if ".lora_" in name}
+PRODIGY_COUNTS = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # what it has found, not what it was told
 
 
-def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
-    """Collect the LoRA's tensors, on all processes. Raises FloatingPointError if they are broken."""
-    state = {name: whole(tensor) for name, tensor in lora_tensors(transformer).items()}
-    if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise FloatingPointError("the LoRA is no longer finite and is not saved; lower --learning_rate")
-    return state
+def save_lora(run: Run, folder: Path) -> dict[str, Tensor]:
+    """Write the LoRA in its final form, from the main process; returns what the file holds."""
+    cfg, dtype = run.cfg, torch.float32 if run.cfg.upcast_before_saving else DTYPES[run.cfg.mixed_precision]
+    exported = export_lora(lora_state_dict(run.transformer), cfg.lora_scale, dtype)
+    if run.accelerator.is_main_process:
+        write_tensors(folder / LORA_FILE, exported, lora_metadata(cfg))
+    return exported
 
 
-@torch.no_grad()
-def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put tensors that `lora_state_dict` collected into the live model."""
-    for name, live in lora_tensors(transformer).items():
-        live.copy_(spread_like(state[name], live))
-
-
-def flatten(tree: dict[Any, Any], path: str = "") -> dict[str, Any]:
-    """Name the leaves of nested dictionaries by their paths, such as `0.exp_avg`; tensors are collected."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{path}{key}.")
-        else:
-            # a copy: bitsandbytes shares tables between parameters, which safetensors refuses
-            flat[f"{path}{key}"] = whole(value).clone() if torch.is_tensor(value) else value
-    return flat
-
-
-def unflatten(flat: dict[str, Any], parameters: list[nn.Parameter]) -> dict[int, dict[str, Any]]:
-    """Undo `flatten` for the state of an optimizer, spreading what has a parameter's shape as the parameter is."""
-    state: dict[int, dict[str, Any]] = collections.defaultdict(dict)
-    for path, value in flat.items():
-        number, *inner, key = path.split(".")
-        parameter, entry = parameters[int(number)], state[int(number)]
-        for name in inner:
-            entry = entry.setdefault(name, {})
-        has_shape = torch.is_tensor(value) and value.shape == parameter.shape
-        entry[key] = spread_like(value, parameter) if has_shape else value
-    return state
-
-
-def save_checkpoint(
-    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: Optimizer, step: int, run: dict[str, Any]
-) -> None:
-    """Write checkpoint-N: the LoRA and the optimizer in fp32 as safetensors, the rest as JSON, whole or not at all."""
-    lora, state = lora_state_dict(unwrap(accelerator, transformer)), optimizer.state_dict()
-    values = flatten(state["state"])
-    tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
-    numbers = {name: value for name, value in values.items() if name not in tensors}
-    content = {"step": step, "run": run, "optimizer": numbers, "param_groups": state["param_groups"]}
-    files = (tensors_bytes(lora), tensors_bytes(tensors), json.dumps(content, indent=1).encode())
-    folder = Path(cfg.output_dir) / f"checkpoint-{step}"
-    if accelerator.is_main_process and not folder.exists():
-        write_checkpoint(folder, dict(zip(CHECKPOINT_FILES, files)))
-        for old in list_checkpoints(folder.parent)[: -(cfg.checkpoints_total_limit or sys.maxsize)]:
+def save_checkpoint(run: Run, step: int, binding: dict[str, Any]) -> None:
+    """Write checkpoint-N: the LoRA in its final form; then, in fp32, the state that makes it a checkpoint."""
+    folder = Path(run.cfg.output_dir) / f"checkpoint-{step}"
+    if (folder / STATE_FILE).exists():
+        return  # written after this step already, before the run was stopped
+    tensors = {f"lora/{name}": tensor for name, tensor in lora_state_dict(run.transformer).items()}
+    state = {"step": step, "binding": binding, "numbers": {}}
+    for name, parameter in lora_parameters(run.transformer).items():
+        for key, value in run.optimizer.state[parameter].items():
+            kind = tensors if torch.is_tensor(value) else state["numbers"]
+            # a copy: bitsandbytes shares tables between parameters, which safetensors rejects
+            kind[f"{key}/{name}"] = full_tensor(value).clone() if torch.is_tensor(value) else value
+    state["group"] = {key: value for key, value in run.optimizer.param_groups[0].items() if key in PRODIGY_COUNTS}
+    save_lora(run, folder)
+    if run.accelerator.is_main_process:
+        sync(folder.parent / "metrics.jsonl")  # a checkpoint must not outlive the lines before it
+        write_tensors(folder / STATE_FILE, tensors, {"state": json.dumps(state)})
+        if read_checkpoint(folder) is None or read_sealed(folder / LORA_FILE) is None:
+            raise OSError(f"{folder} cannot be read back as it was written; check the disk")
+        for old in list_checkpoints(folder.parent)[: -(run.cfg.checkpoints_total_limit or sys.maxsize)]:
             if read_checkpoint(old):  # a damaged one is left for its owner to look at
-                remove_folder(old)
-    accelerator.wait_for_everyone()
+                remove_checkpoint(old)
+    run.accelerator.wait_for_everyone()
 
 
-def write_checkpoint(folder: Path, files: dict[str, bytes]) -> None:
-    """Put files and their manifest in place, and read them back. Raises OSError if the disk does not give them."""
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    manifest = {name: file_entry(content) for name, content in files.items()}
-    try:
-        for name, content in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
-            write_file(temporary / name, content)
-        sync(folder.parent / "metrics.jsonl")
-        put_in_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if read_checkpoint(folder) is None:
-        raise OSError(f"{folder} cannot be read back as it was written; check the disk")
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, its state first, so that half of one is never taken for a whole one."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder, its name first, so that half of a checkpoint is never taken for a whole one."""
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    os.replace(folder, temporary)
-    shutil.rmtree(temporary)
+def set_aside(folder: Path) -> Path:
+    """Move a checkpoint to a name that is never resumed from, its state first, file by file; returns the new name."""
+    aside = folder.with_name(f"superseded-{folder.name}-{uuid.uuid4().hex[:8]}")
+    aside.mkdir()
+    for file in sorted(folder.iterdir(), reverse=True):
+        os.replace(file, aside / file.name)
+    folder.rmdir()
+    return aside
 
 
-def describe_run(cfg: Config, model: Path, samples: list[Sample], schedule: Schedule) -> dict[str, Any]:
-    """List what a checkpoint is bound to: the examples that come next, what is trained, and how it is measured."""
-    bound = (
-        "seed", "rank", "lora_layers", "lora_dropout", "optimizer", "resolution", "repeats", "center_crop",
-        "random_flip", "cache_latents", "max_sequence_length", "gradient_accumulation_steps", "mixed_precision",
-        "quantization", "do_fp8_training", *(field.name for field in dataclasses.fields(ObjectiveConfig)),
-    )  # fmt: skip
-    components = ("scheduler", "tokenizer", "text_encoder", "vae", "transformer")
-    contents = [identify(model / name, cfg) for name in components]
-    pictures = []
-    for sample in samples:
-        content = json.dumps((sample.digest, sample.bucket, sample.prompt, sample.is_prior)).encode()
-        pictures.append(f"{sha256(content)} {sample.path.name}")
-    settings = {f"--{name}": getattr(cfg, name) for name in bound}
-    settings |= {"--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state}
-    settings |= {"--bnb_quantization_config_path": read_bnb_settings(cfg)}
-    settings |= {
-        "--pretrained_model_name_or_path (a hash of its files)": sha256(json.dumps(contents).encode())[:12],
-        "pictures": pictures,
-    }
-    return settings | {"--train_batch_size x processes": schedule.micro_batch}
+def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
+    """Load LoRA and optimizer state; the optimizer's settings stay as this run has them. Raises if it does not fit."""
+    values = load_file(checkpoint.folder / STATE_FILE) | checkpoint.state["numbers"]
+    parameters = lora_parameters(run.transformer)
+    lora = {name: values.pop(f"lora/{name}", None) for name in parameters}
+    fits = None not in lora.values() and {path.split("/")[1] for path in values} in (set(), set(parameters))
+    require(fits, f"--resume_from_checkpoint {checkpoint.folder} has other layers or another optimizer; name another")
+    load_lora(run.transformer, lora)
+    for path, value in values.items():
+        key, name = path.split("/")
+        is_tensor = torch.is_tensor(value)
+        run.optimizer.state[parameters[name]][key] = place_like(value, parameters[name]) if is_tensor else value
+    run.optimizer.param_groups[0].update(checkpoint.state["group"])
 
 
-def check_continuity(cfg: Config, checkpoint: Checkpoint, run: dict[str, Any]) -> None:
-    """Refuse to continue with other data or settings than the checkpoint's, unless that is possible and meant."""
-    before = checkpoint.state["run"]
-    changed = {name: f"{name} {run[name]} (was {before.get(name)})" for name in run if run[name] != before.get(name)}
-    if "pictures" in changed:
-        names = sorted({line[65:] for line in set(run["pictures"]) ^ set(before["pictures"])})
-        changed["pictures"] = f"pictures: {', '.join(names[:10]) or 'in another order'}{', ...' * (len(names) > 10)}"
-    is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
-    require(
-        not changed or (is_possible and cfg.resume_anyway),
-        f"{checkpoint.folder} was made with other settings or data: {'; '.join(changed.values())}. Give the same again"
-        f"{', or --resume_anyway if the change is meant' * is_possible}",
-    )
-    say(*(f"--resume_anyway: {change}" for change in changed.values()))
-
-
-def resume(
-    accelerator: Accelerator, cfg: Config, transformer: nn.Module, optimizer: Optimizer, checkpoint: Checkpoint | None
-) -> None:
-    """Put LoRA, optimizer and metrics back to where they were at the checkpoint, or at the start."""
-    step = 0 if checkpoint is None else checkpoint.step
+def resume(run: Run) -> None:
+    """Restore LoRA, optimizer, and metrics to where they were at the checkpoint, or at the start."""
+    checkpoint, output, step = run.plan.checkpoint, Path(run.cfg.output_dir), run.plan.schedule.first_step
     if checkpoint is not None:
         with explained(f"--resume_from_checkpoint: {checkpoint.folder} cannot be loaded", "name another one"):
-            load_checkpoint(checkpoint, unwrap(accelerator, transformer), optimizer)
-        say(f"continuing from {checkpoint.folder}, after step {step}")
-    elif cfg.resume_from_checkpoint is not None:
-        say(f"no checkpoint in {cfg.output_dir} yet: starting afresh")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        cut_metrics(Path(cfg.output_dir) / "metrics.jsonl", step)
-        for later in list_checkpoints(Path(cfg.output_dir)):
-            if int(later.name[11:]) > step:  # else `latest` would find it one day
-                aside = later.with_name(f"superseded-{later.name}-{uuid.uuid4().hex[:8]}")
-                state = "not continued" if read_checkpoint(later) else "damaged"
-                say(f"{later} is {state}; it is now called {aside.name}")
-                os.replace(later, aside)
-
-
-def unwrap(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
-    """Take the bare transformer out of DDP and torch.compile, whose wrappers would change its keys."""
-    return accelerator.unwrap_model(transformer, keep_torch_compile=False)
-
-
-def load_checkpoint(checkpoint: Checkpoint, transformer: nn.Module, optimizer: Optimizer) -> None:
-    """Load LoRA and optimizer; settings of the optimizer stay as this run has them. Raises on a misfit."""
-    lora, values = (load_file(checkpoint.folder / name) for name in CHECKPOINT_FILES[:2])
-    values |= checkpoint.state["optimizer"]
-    group, fresh = checkpoint.state["param_groups"][0], optimizer.state_dict()["param_groups"][0]
-    counted = ("params", "k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # not what the optimizer is told
-    numbers = {path.split(".")[0] for path in values}  # none if every step so far was skipped
-    fits = lora.keys() == lora_tensors(transformer).keys() and numbers in (set(), set(map(str, fresh["params"])))
-    require(fits, f"--resume_from_checkpoint {checkpoint.folder} has other layers or another optimizer; name another")
-    load_lora(transformer, lora)
-    state = unflatten(values, optimizer.param_groups[0]["params"])
-    group = fresh | {name: value for name, value in group.items() if name in counted}
-    optimizer.load_state_dict({"state": state, "param_groups": [group]})
+            load_checkpoint(run, checkpoint)
+        say(f"resuming from {checkpoint.folder}, after step {step}")
+    elif run.cfg.resume_from_checkpoint is not None:
+        say(f"no checkpoint in {output} yet: starting from scratch")
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        cut_metrics(output / "metrics.jsonl", step)
+        for later in [path for path in list_checkpoints(output) if int(path.name[11:]) > step]:
+            is_damaged = read_checkpoint(later) is None  # either way, `latest` must not find it one day
+            say(f"{later} is {'damaged' if is_damaged else 'superseded'}; it is now called {set_aside(later).name}")
 
 
 def cut_metrics(file: Path, step: int) -> None:
-    """Keep the metrics of the first `step` steps, so that continuing repeats none; a torn last line goes too."""
+    """Keep the metrics of the first `step` steps, so that resuming repeats none; drops an incomplete last line."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
     write_file(file, b"".join(match[0] for match in steps if match is not None and int(match[1]) <= step))
 
 
-def log_metrics(accelerator: Accelerator, cfg: Config, metrics: dict[str, float], schedule: Schedule) -> None:
-    """Append one line to metrics.jsonl and tell the trackers."""
-    step = metrics["step"]
-    row = {"step": step, "epoch": round(schedule.epoch(step), 4)} | metrics
-    row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
-    if accelerator.is_main_process:
-        path = Path(cfg.output_dir) / "metrics.jsonl"
+def log_metrics(run: Run, metrics: dict[str, float]) -> None:
+    """Append one line to metrics.jsonl and log to the trackers."""
+    step, schedule = metrics["step"], run.plan.schedule
+    row = {"step": step, "epoch": round(step * schedule.total_batch / schedule.epoch_examples, 4)} | metrics
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
+    if run.accelerator.is_main_process:
+        path = Path(run.cfg.output_dir) / "metrics.jsonl"
         with explained(f"{path} cannot be written"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
 
 
 # =====================================================================================================================
-# Sampling
+# Validation
 # =====================================================================================================================
 
 
-def make_pipeline(transformer: nn.Module, model: Path) -> ZImagePipeline:
-    """Put a transformer that is on the device into the official pipeline, which then draws latents."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
+class Sampler(NamedTuple):
+    """What generates images: the official pipeline, which ends at latents, the VAE, and cached prompt embeddings."""
+
+    pipeline: ZImagePipeline
+    vae: AutoencoderKL
+    encodings: Encodings
+
+
+def make_sampler(transformer: nn.Module, encodings: Encodings) -> Sampler:
+    """Make a sampler from a transformer that is on the device."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(encodings.model / "scheduler")
     pipeline = ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return Sampler(pipeline, load_vae(encodings.model, encodings.cfg), encodings)
 
 
-def draw_pictures(
-    pipeline: ZImagePipeline, vae: AutoencoderKL, jobs: list[tuple[str, int]], side: int, encodings: Encodings,
-    cfg: ValidationConfig, on_step_end: Callable[..., dict[str, Any]] | None = None,
-) -> list[Image.Image]:  # fmt: skip
-    """Draw one square picture per (prompt, seed) from cached embeddings; the global random state is not touched."""
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Decode scaled latents to images, as `ZImagePipeline` does. (B, 16, h, w) -> B images"""
+    with visiting(vae, latents.device):
+        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(unscaled, return_dict=False)[0]  # (B, 3, H, W)
+    return VaeImageProcessor().postprocess(pixels, output_type="pil")
+
+
+def sample_images(
+    sampler: Sampler, jobs: list[tuple[str, int]], side: int, on_step_end: Callable[..., dict[str, Any]] | None = None
+) -> list[Image.Image]:
+    """Generate one square image per (prompt, seed); the global random state is not touched."""
+    pipeline, cfg = sampler.pipeline, sampler.encodings.cfg
     device, dtype = pipeline.device, pipeline.transformer.dtype
     prompts = [prompt for prompt, _ in jobs] + [cfg.negative_prompt] * (len(jobs) if cfg.guidance_scale > 0 else 0)
-    embeddings = [load_file(encodings.prompt(prompt))["prompt_embeds"].to(device, dtype) for prompt in prompts]
+    files = [sampler.encodings.prompt(prompt) for prompt in prompts]
+    prompt_embeds = [load_file(file)["prompt_embeds"].to(device, dtype) for file in files]
     latents = pipeline(
-        prompt_embeds=embeddings[: len(jobs)], negative_prompt_embeds=embeddings[len(jobs) :], height=side, width=side,
-        num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale, output_type="latent",
-        generator=[torch.Generator().manual_seed(seed) for _, seed in jobs], callback_on_step_end=on_step_end,
+        prompt_embeds=prompt_embeds[: len(jobs)], negative_prompt_embeds=prompt_embeds[len(jobs) :],
+        height=side, width=side, num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for _, seed in jobs], output_type="latent",
+        callback_on_step_end=on_step_end,
     ).images  # fmt: skip
-    return decode_latents(vae, latents)
+    return decode_latents(sampler.vae, latents)
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode a picture as PNG."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def generate_class_images(
-    samples: list[Sample], encodings: Encodings, cfg: Config, accelerator: Accelerator
-) -> list[Sample]:
-    """Draw the missing class pictures with the untrained model, each from its own name, split over the processes."""
-    mine = share_of([sample for sample in samples if not sample.digest], accelerator)
+def generate_class_images(samples: list[Sample], encodings: Encodings) -> list[Sample]:
+    """Generate the missing class images with the untrained model, seeded by their names, split over the processes."""
+    cfg, mine = encodings.cfg, share_of([sample for sample in samples if not sample.digest])
     if mine:
-        dtype = DTYPES[cfg.prior_generation_precision]
-        transformer = load_transformer(encodings.model, cfg, dtype, accelerator.device).eval().to(accelerator.device)
-        pipeline = make_pipeline(transformer, encodings.model)
-        vae = load_vae(encodings.model, cfg, accelerator.device)
+        transformer = load_transformer(encodings.model, cfg, DTYPES[cfg.prior_generation_precision])
+        sampler = make_sampler(transformer.eval().to(PartialState().device), encodings)
         groups = [mine[start : start + cfg.sample_batch_size] for start in range(0, len(mine), cfg.sample_batch_size)]
-        for group in progress_bar(groups, "generating class pictures", accelerator):
-            jobs = [(sample.prompt, derive_seed(cfg.seed, "class picture", sample.path.name)) for sample in group]
-            drawn = draw_pictures(pipeline, vae, jobs, training_side(cfg), encodings, cfg)
-            for sample, picture in zip(group, drawn):
-                write_file(sample.path, png_bytes(picture))
-        del pipeline, transformer, vae
+        for group in progress_bar(groups, "generating class images"):
+            jobs = [(sample.prompt, derive_seed(cfg.seed, "class image", sample.path.name)) for sample in group]
+            for sample, image in zip(group, sample_images(sampler, jobs, cfg.training_side)):
+                write_file(sample.path, png_bytes(image))
+        del sampler, transformer
         free_memory()
-    accelerator.wait_for_everyone()
-    return [sample if sample.digest else verify_pictures([sample], encodings.folder)[0] for sample in samples]
+    PartialState().wait_for_everyone()
+    return [dataclasses.replace(sample, digest=sha256(sample.path.read_bytes())) for sample in samples]
 
 
-def validation_prompts(cfg: ValidationConfig, is_final: bool) -> list[str]:
+def validation_prompts(cfg: Config, is_final: bool) -> list[str]:
     """List the prompts of one validation."""
     if is_final and cfg.skip_final_inference:
         return []
@@ -2471,169 +2216,128 @@ def validation_prompts(cfg: ValidationConfig, is_final: bool) -> list[str]:
     return list(cfg.validation_prompt or final)
 
 
-def needed_prompts(samples: list[Sample], cfg: ValidationConfig) -> list[str]:
-    """List the prompts the run will use; the negative one only where guidance will."""
-    drawn = [*validation_prompts(cfg, is_final=False), *validation_prompts(cfg, is_final=True)]
-    drawn += [sample.prompt for sample in samples if not sample.digest]
-    negative = [cfg.negative_prompt] * bool(drawn and cfg.guidance_scale)
-    return [*(sample.prompt for sample in samples), *drawn, *negative]
+def needed_prompts(samples: list[Sample], cfg: Config) -> list[str]:
+    """List the prompts the run will use; the negative prompt only if guidance needs it."""
+    sampled = [*validation_prompts(cfg, is_final=False), *validation_prompts(cfg, is_final=True)]
+    sampled += [sample.prompt for sample in samples if not sample.digest]
+    negative = [cfg.negative_prompt] * bool(sampled and cfg.guidance_scale)
+    return [*(sample.prompt for sample in samples), *sampled, *negative]
 
 
-def validation_folder(cfg: OutputConfig, step: int) -> Path:
-    """Name the folder of the pictures drawn after `step` steps."""
+def validation_folder(cfg: Config, step: int) -> Path:
+    """Return the folder of the images generated after `step` steps."""
     return Path(cfg.output_dir) / "validation" / f"step-{step:06d}"
 
 
-def validate(
-    cfg: Config, accelerator: Accelerator, transformer: nn.Module, encodings: Encodings, step: int, stop: StopRequest,
-    is_final: bool = False,
-) -> None:  # fmt: skip
-    """Draw PROMPT-IMAGE.png from the live transformer, split over the processes, and put them on sheet.png."""
-    prompts, folder = validation_prompts(cfg, is_final), validation_folder(cfg, step)
+def validate(run: Run, step: int, is_final: bool = False) -> None:
+    """Generate PROMPT-IMAGE.png from the live transformer, split over the processes, and combine them on sheet.png."""
+    cfg, prompts, folder = run.cfg, validation_prompts(run.cfg, is_final), validation_folder(run.cfg, step)
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
-    mine = share_of(jobs, accelerator, is_even=True)
-    live = unwrap(accelerator, transformer).eval()
-    if mine:
-        say(f"step {step}: drawing {len(jobs)} pictures")
-        pipeline = make_pipeline(live, encodings.model)
-        vae = load_vae(encodings.model, cfg, accelerator.device)
-        side = cfg.validation_resolution or training_side(cfg)
-        for prompt, image in mine:
-            job = (prompts[prompt], cfg.seed + image)
-            picture = draw_pictures(pipeline, vae, [job], side, encodings, cfg, stop.on_step_end)[0]
-            write_file(folder / f"{prompt}-{image}.png", png_bytes(picture))
-        del pipeline, vae
-        free_memory()
+    if not jobs:
+        return
+    say(f"step {step}: generating {len(jobs)} images")
+    live = run.accelerator.unwrap_model(run.transformer, keep_torch_compile=False).eval()
+    sampler, side = make_sampler(live, run.encodings), cfg.validation_resolution or cfg.training_side
+    for prompt, image in share_of(jobs, is_even=True):
+        job = (prompts[prompt], cfg.seed + image)
+        (sampled,) = sample_images(sampler, [job], side, run.stop.on_step_end)
+        write_file(folder / f"{prompt}-{image}.png", png_bytes(sampled))
+    del sampler
+    free_memory()
     live.train()
-    accelerator.wait_for_everyone()
-    if prompts and accelerator.is_main_process:
-        pictures = [Image.open(folder / f"{prompt}-{image}.png") for prompt, image in jobs]
-        sheet = make_sheet(pictures, columns=cfg.num_validation_images)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        images = [Image.open(folder / f"{prompt}-{image}.png") for prompt, image in jobs]
+        sheet = make_image_grid(images, len(prompts), cfg.num_validation_images, min(512, side))
         write_file(folder / "sheet.png", png_bytes(sheet))
-        log_pictures(accelerator, pictures, [prompts[prompt] for prompt, _ in jobs], step)
-        say(f"step {step}: pictures in {folder}")
+        log_images(run.accelerator, images, [prompts[prompt] for prompt, _ in jobs], step)
+        say(f"step {step}: images in {folder}")
 
 
-def make_sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """Lay pictures out on one sheet, row by row, each at most 512 pixels wide."""
-    side = min(512, pictures[0].width)
-    sheet = Image.new("RGB", (side * columns, side * (len(pictures) // columns)))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture.resize((side, side)), (number % columns * side, number // columns * side))
-    return sheet
-
-
-def log_pictures(accelerator: Accelerator, pictures: list[Image.Image], captions: list[str], step: int) -> None:
-    """Show the pictures to the trackers that take them."""
+def log_images(accelerator: Accelerator, images: list[Image.Image], captions: list[str], step: int) -> None:
+    """Log images to the trackers that accept them."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            arrays = torch.stack([picture_tensor(picture) for picture in pictures])  # (N, H, W, 3)
+            arrays = torch.stack([image_tensor(image) for image in images])  # (N, H, W, 3)
             tracker.log_images({"validation": arrays}, step=step, dataformats="NHWC")
         if tracker.name == "wandb":
             import wandb
 
-            images = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions)]
-            tracker.log({"validation": images}, step=step)
+            logged = [wandb.Image(image, caption=caption) for image, caption in zip(images, captions)]
+            tracker.log({"validation": logged}, step=step)
 
 
 # =====================================================================================================================
-# Artefacts
+# Artifacts
 # =====================================================================================================================
 
-
-def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fold alpha / rank into the matrices B, so that every loader applies the LoRA alike; name them for diffusers."""
-    return {
-        f"transformer.{name}": (tensor.float() * (scale if ".lora_B." in name else 1)).to(dtype)
-        for name, tensor in state.items()
-    }
+SHARED_FILES = (LORA_FILE, "README.md", "config.json", "validation/step-*/*.png")
+TEMPORARY_FILES = (".z-image-*.tmp", "checkpoint-*/.z-image-*.tmp", "validation/step-*/.z-image-*.tmp")
+OWN_FILES = (*RUN_FILES, "validation/step-*/sheet.png", "validation/step-*/[0-9]*-[0-9]*.png")
 
 
-def lora_metadata(cfg: Config) -> dict[str, str]:
-    """Describe the LoRA in its header (modelspec 1.0.1), without dates and paths: equal content gives equal bytes."""
-    prompt = cfg.instance_prompt or ""
-    return {
-        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "z-image/lora",
-        "modelspec.implementation": "diffusers", "modelspec.resolution": f"{training_side(cfg)}x{training_side(cfg)}",
-        "modelspec.title": f"Z-Image LoRA {prompt}".strip(), "modelspec.trigger_phrase": prompt,
-    }  # fmt: skip
-
-
-def save_artefacts(accelerator: Accelerator, cfg: Config, transformer: nn.Module) -> Path:
-    """Write the LoRA file; the live model continues with the weights as the file holds them."""
-    file = Path(cfg.output_dir) / "pytorch_lora_weights.safetensors"
-    live = unwrap(accelerator, transformer)
-    dtype = torch.float32 if cfg.upcast_before_saving else DTYPES[cfg.mixed_precision]
-    exported = export_lora(lora_state_dict(live), cfg.lora_scale, dtype)
-    if accelerator.is_main_process:
-        write_file(file, tensors_bytes(exported, lora_metadata(cfg)))
-    as_saved = {name.removeprefix("transformer."): tensor.float() for name, tensor in exported.items()}
-    unfolded = {name: tensor / (cfg.lora_scale if ".lora_B." in name else 1) for name, tensor in as_saved.items()}
-    load_lora(live, unfolded)
-    return file
+def finish_lora(run: Run) -> Path:
+    """Write the final LoRA file; the live model continues with the weights as the file holds them."""
+    output, scale = Path(run.cfg.output_dir), run.cfg.lora_scale
+    unfolded = export_lora(save_lora(run, output), 1 / scale, torch.float32)
+    load_lora(run.transformer, {name.removeprefix("transformer.transformer."): t for name, t in unfolded.items()})
+    return output / LORA_FILE
 
 
 def save_config(cfg: Config) -> None:
-    """Write config.json: all settings, which `--config` replays, and the environment, which it does not."""
-    settings = shareable_settings(cfg) | {"environment": describe_environment()}
-    for order in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):  # for this start alone
-        del settings[order]
+    """Write config.json: all settings, which `--config` restores, and the environment, which it does not."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "Pillow")
+    environment = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
+    if "__file__" in globals():
+        environment["script_sha256"] = sha256(Path(__file__).read_bytes())
+    settings = shareable_settings(cfg) | {"environment": environment}
+    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):  # for this start only
+        del settings[name]
     content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     write_file(Path(cfg.output_dir) / "config.json", content.encode())
 
 
-def describe_environment() -> dict[str, str]:
-    """Record what else a repetition depends on: the script and the libraries."""
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "Pillow")
-    script = {"script_sha256": sha256(Path(__file__).read_bytes())} if "__file__" in globals() else {}
-    return script | {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-
-
 def save_model_card(cfg: Config, step: int) -> None:
-    """Write README.md: pictures, trigger prompt, how to use the LoRA, how it was made; no paths of this machine."""
+    """Write README.md: images, trigger prompt, how to use the LoRA, how it was trained; without local paths."""
     base = None if Path(cfg.pretrained_model_name_or_path).exists() else cfg.pretrained_model_name_or_path
     folder, prompts = validation_folder(cfg, step).relative_to(cfg.output_dir), validation_prompts(cfg, is_final=True)
-    jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
-    texts = [prompts[prompt] for prompt, _ in jobs]
-    files = [f"{folder.as_posix()}/{prompt}-{image}.png" for prompt, image in jobs]
+    jobs = itertools.product(range(len(prompts)), range(cfg.num_validation_images))
+    images = [(prompts[prompt], f"{folder.as_posix()}/{prompt}-{image}.png") for prompt, image in jobs]
     data = ModelCardData(
         license="apache-2.0", base_model=base, library_name="diffusers", instance_prompt=cfg.instance_prompt,
         pipeline_tag="text-to-image", tags=["text-to-image", "diffusers", "lora", "z-image", "template:sd-lora"],
-        widget=[{"text": text, "output": {"url": file}} for text, file in zip(texts, files)] or None,
+        widget=[{"text": text, "output": {"url": file}} for text, file in images] or None,
     )  # fmt: skip
-    snippet = CARD_SNIPPET.format(
-        base=base or "path/to/the/base/model", side=cfg.validation_resolution or training_side(cfg), seed=cfg.seed,
+    card = CARD.format(
+        trigger=one_line(cfg.instance_prompt or "(every image had its own caption)"),
+        images="\n".join(f"![{one_line(text)}]({file})" for text, file in images),
+        cfg=cfg, scale=f"{cfg.lora_scale:g}", last=step, base=base or "path/to/the/base/model",
+        side=cfg.validation_resolution or cfg.training_side,
         prompt=json.dumps((prompts or [cfg.instance_prompt or ""])[0], ensure_ascii=False),
-        steps=cfg.num_inference_steps, guidance=cfg.guidance_scale,
     )  # fmt: skip
-    names = (
-        "rank", "lora_layers", "resolution", "learning_rate", "optimizer", "lr_scheduler", "weighting_scheme",
-        "timestep_shift", "train_batch_size", "gradient_accumulation_steps", "with_prior_preservation",
-        "mixed_precision", "seed",
-    )  # fmt: skip
-    rows = [f"| {name} | {getattr(cfg, name)} |" for name in names]
-    rows += [f"| alpha / rank (folded into the file) | {cfg.lora_scale:g} |", f"| steps | {step} |"]
-    pictures = [f"![{plain(text)}]({file})" for text, file in zip(texts, files)]
-    trigger = plain(cfg.instance_prompt or "(the pictures had captions of their own)")
-    card = CARD.format(prompt=trigger, pictures="\n".join(pictures), snippet=snippet, rows="\n".join(rows))
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
 
 
-def open_repository(cfg: OutputConfig) -> str:
-    """Create the repository before training, so that a missing login shows now; returns its full name."""
+def one_line(text: str) -> str:
+    """Put a prompt on one line, without the characters that Markdown and HTML interpret."""
+    return " ".join(re.sub(r"[\[\]()<>|*_`#]", " ", text).split())
+
+
+def open_repository(cfg: Config) -> str:
+    """Create the repository before training, so that a missing login is found now; returns its full name."""
     with explained(
-        f"--push_to_hub: the repository {cfg.repository} cannot be made",
+        f"--push_to_hub: the repository {cfg.repository} cannot be created",
         "check network and login (`hf auth login`, or --hub_token), or leave the flag out and upload later",
     ):
         hub = HfApi(token=cfg.hub_token)
         return hub.create_repo(cfg.repository, private=cfg.hub_private_repo or None, exist_ok=True).repo_id
 
 
-def push(cfg: OutputConfig, repository: str) -> None:
-    """Upload what is meant to be shared, and nothing else. Raises UserError with the way to try again."""
+def push(cfg: Config, repository: str) -> None:
+    """Upload what is meant to be shared, and nothing else. Raises UserError with the command to try again."""
     options = " ".join(f"--include='{pattern}'" for pattern in SHARED_FILES)
     with explained(
-        f"the LoRA is finished and safe in {cfg.output_dir}, but uploading it failed",
+        f"the LoRA is complete and safe in {cfg.output_dir}, but the upload failed",
         f"try again with: hf upload {repository} '{cfg.output_dir}' . {options}",
     ):
         HfApi(token=cfg.hub_token).upload_folder(
@@ -2642,53 +2346,53 @@ def push(cfg: OutputConfig, repository: str) -> None:
     say(f"uploaded to {repository}")
 
 
-def plain(text: str) -> str:
-    """Put a prompt on one line, without the marks that Markdown and HTML would act on."""
-    return " ".join(re.sub(r"[\[\]()<>|*_`#]", " ", text).split())
-
-
 def describe_results(cfg: Config, file: Path) -> list[str]:
-    """Tell where the results of the run are, and how many steps were skipped."""
-    metrics, pictures = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
-    lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"pictures  {pictures}"] * pictures.is_dir()
+    """Describe where the results are, and how many steps were skipped."""
+    metrics, images = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
+    lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"images    {images}"] * images.is_dir()
     skipped = metrics.read_text(encoding="utf-8").count('"is_skipped": true')
-    lines += [f"warning: {skipped} steps were skipped, whose loss or gradient was not finite"] * bool(skipped)
+    lines += [f"warning: {skipped} steps were skipped because loss or gradient was not finite"] * bool(skipped)
     return lines + DEMO_FAREWELL.format(script=Path(sys.argv[0]).name).splitlines() * cfg.demo
 
 
 CARD = """
 # Z-Image LoRA
 
-Trigger prompt: **{prompt}**
+Trigger prompt: **{trigger}**
 
-{pictures}
+{images}
 
-## Use it
+## Usage
 
 ```python
-{snippet}
-```
-
-## How it was made
-
-DreamBooth with LoRA on Z-Image, by `train_dreambooth_lora_z_image.py`. All settings are in `config.json`.
-
-| setting | value |
-|---|---|
-{rows}
-"""
-
-CARD_SNIPPET = """
 import torch
 from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder")
-generator = torch.Generator().manual_seed({seed})
-size = {{"height": {side}, "width": {side}}}
-image = pipe({prompt}, **size, num_inference_steps={steps}, guidance_scale={guidance}, generator=generator).images[0]
+generator = torch.Generator().manual_seed({cfg.seed})
+image = pipe(
+    prompt={prompt}, height={side}, width={side}, num_inference_steps={cfg.num_inference_steps},
+    guidance_scale={cfg.guidance_scale}, generator=generator,
+).images[0]
 image.save("output.png")
-""".strip()
+```
+
+## Training
+
+DreamBooth with LoRA on Z-Image, by `train_dreambooth_lora_z_image.py`: rank {cfg.rank}, alpha / rank {scale} (folded
+into the file), layers {cfg.lora_layers}, {last} steps of {cfg.optimizer} at {cfg.learning_rate}, {cfg.resolution}
+pixels. All settings are in `config.json`.
+"""
+
+DEMO_FAREWELL = """
+That was a tiny random model. For the real one, with a GPU and a folder of your own images:
+
+accelerate launch {script} \\
+  --pretrained_model_name_or_path=Tongyi-MAI/Z-Image --instance_data_dir=dog --instance_prompt="a photo of sks dog" \\
+  --output_dir=trained-z-image-lora --gradient_checkpointing --cache_latents --max_train_steps=1500 \\
+  --validation_prompt="A photo of sks dog in a bucket"
+"""
 
 
 # =====================================================================================================================
@@ -2734,40 +2438,30 @@ def make_demo_model(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_demo_pictures(folder: Path) -> None:
-    """Draw one subject, a badge, five times: other backgrounds, places, sizes and shapes of the picture."""
+def make_demo_images(folder: Path) -> None:
+    """Draw one subject, a badge, five times, with different backgrounds, positions, sizes, and image shapes."""
     sizes = [(96, 96), (128, 96), (96, 128), (160, 120), (80, 80)]
     for number, (background, (width, height)) in enumerate(zip(("navy", "white", "orange", "black", "green"), sizes)):
-        picture = Image.new("RGB", (width * 4, height * 4), background)
+        image = Image.new("RGB", (width * 4, height * 4), background)
         radius = min(width, height) * (1.1 + 0.1 * number)
         left, top = width * 2 - radius + 4 * number, height * 2 - radius - 4 * number
-        box, draw = [left, top, left + 2 * radius, top + 2 * radius], ImageDraw.Draw(picture)
+        box, draw = [left, top, left + 2 * radius, top + 2 * radius], ImageDraw.Draw(image)
         draw.pieslice(box, 90, 270, fill="red")
         draw.pieslice(box, 270, 450, fill="yellow")
         draw.ellipse(box, outline="gray", width=12)
-        smooth = picture.resize((width, height), Image.Resampling.LANCZOS)
+        smooth = image.resize((width, height), Image.Resampling.LANCZOS)
         write_file(folder / f"badge-{number}.png", png_bytes(smooth))
 
 
-def make_demo(cfg: Config, accelerator: Accelerator) -> None:
-    """Make the model and the pictures that `demo_settings` names; what the user named instead is left alone."""
-    if accelerator.is_main_process:
+def make_demo(cfg: Config) -> None:
+    """Make the model and the images that `demo_settings` names; leaves alone what the user named instead."""
+    if PartialState().is_main_process:
         settings = demo_settings(cfg.output_dir)
         if cfg.pretrained_model_name_or_path == settings["pretrained_model_name_or_path"]:
             make_demo_model(Path(cfg.pretrained_model_name_or_path))
         if cfg.instance_data_dir == settings["instance_data_dir"]:
-            make_demo_pictures(Path(cfg.instance_data_dir))
-    accelerator.wait_for_everyone()
-
-
-DEMO_FAREWELL = """
-That was a tiny random model. The real one, on a GPU, with a folder of your own pictures:
-
-accelerate launch {script} \\
-  --pretrained_model_name_or_path=Tongyi-MAI/Z-Image --instance_data_dir=dog --instance_prompt="a photo of sks dog" \\
-  --output_dir=trained-z-image-lora --gradient_checkpointing --cache_latents --max_train_steps=1500 \\
-  --validation_prompt="A photo of sks dog in a bucket"
-"""
+            make_demo_images(Path(cfg.instance_data_dir))
+    PartialState().wait_for_everyone()
 
 
 # =====================================================================================================================
@@ -2780,7 +2474,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
     names, known = cfg.trackers, LoggerType.list()
     require(set(names) <= set(known), f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}, or none")
     accumulation = GradientAccumulationPlugin(num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False)
-    with explained("accelerate does not start", "in a notebook, restart the kernel to change --mixed_precision"):
+    with explained("accelerate cannot start", "in a notebook, restart the kernel to change --mixed_precision"):
         accelerator = Accelerator(
             mixed_precision=cfg.mixed_precision, gradient_accumulation_plugin=accumulation,
             log_with=names or None,
@@ -2790,189 +2484,98 @@ def make_accelerator(cfg: Config) -> Accelerator:
     is_there = "all" in names or len(accelerator.log_with) == len(names)
     require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
-    require(int(started) == seen, f"accelerate's configuration: {started} processes were started, it sees {seen}")
+    require(int(started) == seen, f"accelerate configuration: {started} processes were started, but it sees {seen}")
     torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
     return accelerator
 
 
-def check_hardware(cfg: Config, model: Path, device: torch.device) -> None:
-    """Refuse what this machine cannot compute, before anything is loaded."""
-    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
-    require(
-        not (cfg.do_fp8_training and is_old),
-        "--do_fp8_training needs a GPU of compute capability 8.9 or above (Ada, Hopper or later); "
-        "--quantization fp8 stores the weights in 8 bits on any GPU",
-    )
-    if cfg.bnb_quantization_config_path is not None:
-        with explained("--bnb_quantization_config_path", "--quantization nf4 or int8 runs everywhere"):
-            config = bnb_options(cfg, DTYPES[cfg.mixed_precision])["quantization_config"]
-            DiffusersAutoQuantizer.from_config(config).validate_environment()
-    if cfg.has_8bit_state:
-        with explained("--use_8bit_adam: bitsandbytes cannot do it on this machine", "leave the flag out"):
-            probe = nn.Parameter(torch.zeros(4096, device=device))
-            probe.grad = torch.zeros_like(probe)
-            make_optimizer([probe], cfg).step()
-    empty = make_empty_transformer(model)
-    with explained(f"--attention_backend {cfg.attention}", "it cannot be trained with here; leave it out"):
-        empty.set_attention_backend(cfg.attention)
-        query = torch.ones(1, 32, 2, 64, dtype=DTYPES[cfg.mixed_precision], device=device, requires_grad=True)
-        dispatch_attention_fn(query, query, query).sum().backward()
-
-
-@contextlib.contextmanager
-def sole_user(output: Path) -> Iterator[None]:
-    """Hold the output folder, on the first process. Raises UserError if another run has it; a dead one has nothing."""
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        holder = (output / ".lock").read_text(encoding="utf-8") or "another process"
-        raise UserError(f"--output_dir {output} is in use by {holder}; wait for it, or name another folder") from error
-    try:
-        (output / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        yield
-    finally:
-        lock.release()
-
-
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
-    """Open the output folder: remove an earlier run if that was asked for, write config.json, start the trackers."""
-    output = Path(cfg.output_dir)
+    """Prepare the output folder: start the trackers, remove an earlier run if requested, write config.json."""
+    output, logs = Path(cfg.output_dir), Path(cfg.output_dir, cfg.logging_dir)
     if cfg.trackers:
-        start_trackers(cfg, accelerator)
+        settings = {name: v if isinstance(v, (int, float)) else str(v) for name, v in shareable_settings(cfg).items()}
+        with explained(f"--report_to {cfg.report_to} cannot start", "for wandb: `wandb login`"):
+            logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
+            accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
     if accelerator.is_main_process:
-        is_ours = "environment" in read_own_config(output) or bool(list_checkpoints(output))
-        if is_ours and (cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)):
-            remove_run(output)
-        leftovers = [*output.glob(".*.tmp"), *output.glob("validation/step-*/.*.tmp")]
-        for leftover in leftovers:  # of a run that was killed while writing
-            if re.fullmatch(r"\.(checkpoint-\d+\.)?[0-9a-f]{32}\.tmp", leftover.name):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        is_replaced = cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)
+        for pattern in (*TEMPORARY_FILES, *OWN_FILES * is_replaced):  # temporary: of a run that was killed in writing
+            for path in output.glob(pattern):
+                path.unlink()
+        for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")) * is_replaced:
+            remove_checkpoint(folder)
         save_config(cfg)
     accelerator.wait_for_everyone()
 
 
-def start_trackers(cfg: Config, accelerator: Accelerator) -> None:
-    """Start the trackers. Raises UserError if one cannot start, for want of a login or a network."""
-    logs = Path(accelerator.logging_dir)
-    logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
-    shareable = shareable_settings(cfg).items()
-    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in shareable}
-    with explained(f"--report_to {cfg.report_to} cannot start", "for wandb: `wandb login`"):
-        accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
+def check_plan(cfg: Config, plan: Plan, encodings: Encodings, empty: ZImageTransformer2DModel) -> None:
+    """Reject what the model, this machine, or the checkpoint cannot do, before any weights are loaded."""
+    check_hardware(cfg, empty)
+    check_sizes(cfg, plan.samples, empty)
+    steps = gather_object([plan.schedule.first_step])
+    remedy = "name a folder that all machines share"
+    require(len(set(steps)) == 1, f"--output_dir {cfg.output_dir} holds different checkpoints per machine; {remedy}")
+    if plan.checkpoint is not None:
+        with explained(f"--resume_from_checkpoint: {plan.checkpoint.folder} is damaged", "name another one"):
+            check_continuity(cfg, plan.checkpoint, make_binding(cfg, encodings.contents, plan))
 
 
-def remove_run(output: Path) -> None:
-    """Remove what an earlier run of this program wrote, and nothing else."""
-    for name in RUN_FILES:
-        (output / name).unlink(missing_ok=True)
-    for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")):
-        remove_folder(folder)
-    for path in output.glob("validation/step-*/*.png"):
-        if re.fullmatch(r"step-\d+/(\d+-\d+|sheet)\.png", f"{path.parent.name}/{path.name}"):
-            path.unlink()
-    for folder in output.glob("validation/step-*"):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-class Plan(NamedTuple):
-    """What a run will do: with which pictures, how long, from where."""
-
-    samples: list[Sample]
-    schedule: Schedule
-    checkpoint: Checkpoint | None
-
-
-def make_plan(cfg: Config, model: Path, accelerator: Accelerator) -> Plan:
-    """Decide what the run will do, and tell. Raises UserError for what cannot work."""
-    with accelerator.local_main_process_first():
-        instance_folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
-        samples = plan_samples(cfg, instance_folder)
-    check_sizes(cfg, samples, model)
-    checkpoint, shift = find_checkpoint(cfg), read_timestep_shift(cfg, model)
-    first_step = 0 if checkpoint is None else checkpoint.step
-    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
-    shared = f"--output_dir {cfg.output_dir} holds another checkpoint on every machine; name a folder they share"
-    require(len(set(steps)) == 1, shared)
-    schedule = make_schedule(cfg, samples, accelerator.num_processes, shift, first_step)
-    say(*describe_plan(samples, cfg, schedule))
-    with accelerator.local_main_process_first():
-        run = describe_run(cfg, model, samples, schedule)  # hashes the model: one process does it, the rest look it up
-    if checkpoint is not None:
-        with explained(f"--resume_from_checkpoint: {checkpoint.folder} is damaged", "name another one"):
-            check_continuity(cfg, checkpoint, run)
-    return Plan(samples, schedule, checkpoint)
-
-
-def learn(
-    cfg: Config, accelerator: Accelerator, transformer: nn.Module, optimizer: Optimizer, plan: Plan,
-    encodings: Encodings, stop: StopRequest,
-) -> None:  # fmt: skip
-    """Train from where the run was left, with pictures and checkpoints. Raises Stopped, once its steps are saved."""
-    resume(accelerator, cfg, transformer, optimizer, plan.checkpoint)
-    schedule, origin = plan.schedule, describe_run(cfg, encodings.model, plan.samples, plan.schedule)
+def train_and_save(run: Run) -> None:
+    """Train from where the run stands, with validation and checkpoints. Raises Stopped once its steps are saved."""
+    resume(run)
+    cfg, schedule, stop = run.cfg, run.plan.schedule, run.stop
+    binding = make_binding(cfg, run.encodings.contents, run.plan)
     step, last, saved = schedule.first_step, schedule.max_train_steps, time.monotonic()
     interval = 60 * (cfg.checkpointing_minutes or math.inf)
-    batches = stop.ends(make_batches(plan.samples, encodings, cfg, accelerator, step))
-    steps = train(cfg, accelerator, transformer, optimizer, batches, plan.samples, schedule)
-    bar = progress_bar(steps, "training", accelerator, initial=step, total=last)
-    stop.is_deferred = True
-    with contextlib.suppress(Stopped):
-        is_drawn = step > 0 and (validation_folder(cfg, step) / "sheet.png").exists()
-        if schedule.is_validation_step(step) and not is_drawn:
-            validate(cfg, accelerator, transformer, encodings, step, stop)
-        for metrics in bar:
-            step = metrics["step"]
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            log_metrics(accelerator, cfg, metrics, schedule)
-            if schedule.is_validation_step(step):
-                validate(cfg, accelerator, transformer, encodings, step, stop)
-            if step == last or step % cfg.checkpointing_steps == 0 or anyone(time.monotonic() - saved > interval):
-                save_checkpoint(accelerator, cfg, transformer, optimizer, step, origin)
-                saved = time.monotonic()
+    batches = make_batches(run.plan.samples, run.encodings, step)
+    steps = train(run, itertools.takewhile(lambda batch: not stop.is_agreed(), batches))
+    bar = progress_bar(steps, "training", initial=step, total=last)
+    is_validated = step > 0 and (validation_folder(cfg, step) / "sheet.png").exists()
+    with stop:
+        with contextlib.suppress(Stopped):
+            if schedule.is_validation_step(step) and not is_validated:
+                validate(run, step)
+            for metrics in bar:
+                step = metrics["step"]
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+                log_metrics(run, metrics)
+                if schedule.is_validation_step(step):
+                    validate(run, step)
+                is_due = step == last or step % cfg.checkpointing_steps == 0
+                if is_due or any_process(time.monotonic() - saved > interval):
+                    save_checkpoint(run, step, binding)
+                    saved = time.monotonic()
+        if schedule.first_step < step < last:
+            save_checkpoint(run, step, binding)
     if step < last:
-        if step > schedule.first_step:
-            save_checkpoint(accelerator, cfg, transformer, optimizer, step, origin)
-        for tracker in accelerator.trackers:
+        for tracker in run.accelerator.trackers:
             tracker.finish()
         raise Stopped(f"stopped by {stop.reason} after step {step}{', which is saved' * (step > 0)}", stop.number)
-    stop.is_deferred = False
 
 
-def run_all(cfg: Config, stop: StopRequest) -> Path:
-    """Run everything: config -> data plan -> caches -> model -> loop -> artefacts. Returns the LoRA file."""
-    accelerator = make_accelerator(cfg)
-    if cfg.demo:
-        make_demo(cfg, accelerator)
-    say(*advice(cfg))
-
-    model = find_model(cfg, accelerator)
-    check_hardware(cfg, model, accelerator.device)
-    layers = resolve_lora_layers(cfg.lora_layers, model)
-    plan = make_plan(cfg, model, accelerator)
+def run_all(cfg: Config, plan: Plan, accelerator: Accelerator) -> Path:
+    """Run everything: plan -> caches -> model -> loop -> artifacts. Returns the LoRA file."""
+    stop, model = StopRequest(cfg.max_train_minutes), find_model(cfg)
+    encodings, empty = Encodings(cfg, model, identify(model, cfg.variant)), make_empty_transformer(model)
+    layers, shift = resolve_lora_layers(cfg.lora_layers, empty), read_timestep_shift(cfg, model)
+    check_plan(cfg, plan, encodings, empty)
     repository = open_repository(cfg) if cfg.push_to_hub and accelerator.is_main_process else None
     prepare_output(cfg, accelerator)
 
-    encodings = identify_encodings(cfg, model, accelerator)
-    fill_prompts_cache(needed_prompts(plan.samples, cfg), encodings, cfg, accelerator)
-    plan = plan._replace(samples=generate_class_images(plan.samples, encodings, cfg, accelerator))
+    fill_prompts_cache(needed_prompts(plan.samples, cfg), encodings)
+    plan = plan._replace(samples=generate_class_images(plan.samples, encodings))
     if cfg.cache_latents:
-        fill_latents_cache(plan.samples, encodings, cfg, accelerator)
+        fill_latents_cache(plan.samples, encodings)
 
-    transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision], accelerator.device)
-    parameters = add_lora(transformer, layers, cfg, cfg.seed)
-    say(*describe_lora(transformer, layers, cfg))
-    optimizer = make_optimizer(parameters, cfg)
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    learn(cfg, accelerator, transformer, optimizer, plan, encodings, stop)
+    transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision])
+    parameters = add_lora(transformer, layers, cfg)
+    say(describe_lora(transformer, layers, cfg))
+    transformer, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, cfg))
+    run = Run(cfg, plan, encodings, accelerator, transformer, optimizer, stop, shift)
+    train_and_save(run)
 
-    file, last = save_artefacts(accelerator, cfg, transformer), plan.schedule.max_train_steps
-    validate(cfg, accelerator, transformer, encodings, last, stop, is_final=True)
+    file, last = finish_lora(run), plan.schedule.max_train_steps
+    validate(run, last, is_final=True)
     if accelerator.is_main_process:
         save_model_card(cfg, last)
     accelerator.end_training()
@@ -2982,14 +2585,16 @@ def run_all(cfg: Config, stop: StopRequest) -> Path:
     return file
 
 
-def main(cfg: Config) -> Path:
-    """Run everything. Returns the LoRA file. Raises Stopped, with nothing lost, when a signal asks the run to stop."""
-    check_inputs(cfg)
-    free_memory()  # of an earlier run in a notebook, which only the garbage collector lets go
-    with StopRequest(cfg.max_train_minutes) as stop, sole_user(Path(cfg.output_dir)):
-        return run_all(cfg, stop)
+def main(cfg: Config, plan: Plan | None = None) -> Path:
+    """Run everything. Returns the LoRA file. Raises Stopped, with nothing lost, if asked to stop while training."""
+    free_memory()  # of an earlier run in a notebook, which only the garbage collector frees
+    with hold_output(Path(cfg.output_dir)):
+        accelerator = make_accelerator(cfg)
+        if cfg.demo:
+            make_demo(cfg)
+        return run_all(cfg, plan or make_plan(cfg), accelerator)
 
 
 if RUN_AS_SCRIPT:
     gc.freeze()  # what the imports have made stays; searching it takes a third of a second each time
-    run_or_exit(main, CONFIG)
+    run_or_exit(main, CONFIG, PLAN)
