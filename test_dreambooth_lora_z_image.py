@@ -1,7 +1,7 @@
-"""The specification of `train_dreambooth_lora_z_image.py`, on CPU, with tiny models and without a network.
+"""Tests of `train_dreambooth_lora_z_image.py`, on a CPU, with tiny models and without a network.
 
-Run all tests with `python -m pytest`, two at a time with `-n 2` of pytest-xdist. Long tests only run if you name them:
-`-m benchmark` measures memory; `-m soak` kills runs and compares their results with those of undisturbed runs.
+Run all tests with `python -m pytest`, or in two processes with `-n 2` (pytest-xdist). Long tests run only if selected:
+`-m benchmark` measures memory; `-m soak` kills runs and compares their results with those of uninterrupted runs.
 """
 
 import ast
@@ -71,14 +71,14 @@ def _only_when_named(request):
 
 @pytest.fixture(autouse=True, scope="session")
 def _old_objects_are_not_searched():
-    """Collect garbage among the objects of the tests only; the libraries' take a third of a second each time."""
+    """Exclude the libraries from garbage collection; scanning their objects takes 0.3 s each time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    """Let every test choose its precision; accelerate keeps it while the process lives, with no public reset."""
+    """Reset accelerate's state, which has no public reset, so that every test can choose its precision."""
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
 
@@ -93,12 +93,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory):
-    """One cache for all tests: it is keyed by content, so they cannot disturb each other."""
+    """One cache for all tests: it is keyed by content, so tests do not interfere with each other."""
     return tmp_path_factory.mktemp("cache")
 
 
 def draw(path, size=(64, 64), color=(200, 30, 30), **options):
-    """Write a image with some structure in it."""
+    """Write an image with some structure in it."""
     image = Image.new("RGB", size, color)
     image.paste((20, 60, 220), (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def make_config(model, images, tmp_path, shared_cache):
-    """A small config in fp32; keyword arguments vary it."""
+    """A factory of small fp32 configs; keyword arguments override its defaults."""
 
     def make(**changes):
         defaults = {
@@ -140,7 +140,7 @@ def make_config(model, images, tmp_path, shared_cache):
 
 
 def metrics_of(cfg):
-    """Read metrics.jsonl without its times."""
+    """Read metrics.jsonl without timings."""
     lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 
@@ -168,12 +168,12 @@ def run_script(*arguments, cwd=None, env=None, without_torch=False, tmp_path=Non
 
 
 # =====================================================================================================================
-# The house
+# Code conventions
 # =====================================================================================================================
 
 
 def depth_of(node, inside=0):
-    """How deep statements are nested; `elif` does not count."""
+    """Return the nesting depth of a node; `elif` does not count."""
     deepest = inside
     for name, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
@@ -186,7 +186,7 @@ def depth_of(node, inside=0):
 
 
 def broken_house_rules(source):
-    """List every function that is too long, too deep, too wide, undocumented, unannotated or hidden in another."""
+    """List functions that are too long or deep, nested, undocumented, unannotated, or have too many parameters."""
     broken, tree = [], ast.parse(source)
     broken += [f"line {n.lineno}: global" for n in ast.walk(tree) if isinstance(n, (ast.Global, ast.Nonlocal))]
     broken += [f"line {i}: over 119 columns" for i, line in enumerate(source.splitlines(), 1) if len(line) > 119]
@@ -292,7 +292,7 @@ def test_readme_blocks_are_known():
 
 
 def block_with(words, blocks=COMMANDS):
-    """The one block of the README that holds some words."""
+    """Return the only README block that contains some words."""
     (block,) = [text for text in blocks if words in text]
     return block
 
@@ -304,24 +304,24 @@ def test_ci_runs_the_two_commands_of_the_readme():
 
 @pytest.fixture
 def workplace(tmp_path, model):
-    """A folder as the README's reader has it: the script, and images in `dog` as snapshot_download leaves them."""
+    """A README reader's folder: the script, and images in `dog` as snapshot_download leaves them."""
     shutil.copy(SCRIPT, tmp_path)
     for number, size in enumerate([(64, 64), (96, 64), (64, 96), (48, 80), (80, 80)]):
         draw(tmp_path / "dog" / f"dog-{number}.jpeg", size)
     (tmp_path / "dog" / ".cache" / "huggingface").mkdir(parents=True)
-    (tmp_path / "dog" / ".cache" / "huggingface" / "dog.jpeg").write_bytes(b"not a image")
+    (tmp_path / "dog" / ".cache" / "huggingface" / "dog.jpeg").write_bytes(b"not an image")
     (tmp_path / "dog" / ".gitattributes").write_text("*.jpeg filter=lfs\n")
     return tmp_path
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A stand-in for the hub's HTTP API: takes repositories and uploads, and remembers them in its server."""
+    """A fake Hub API: accepts repositories and uploads, and records them in its server."""
 
     def log_message(self, *_):
-        """Be quiet."""
+        """Log nothing."""
 
     def reply(self, content, status=200):
-        """Answer in JSON."""
+        """Send a JSON response."""
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -330,7 +330,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def answer(self):
-        """Play the part of the API that an upload needs."""
+        """Implement the endpoints that an upload needs."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         name, place = self.path.split("?")[0], f"http://127.0.0.1:{self.server.server_port}"
         self.server.requests.append((self.command, name, self.headers.get("Authorization"), body))
@@ -356,7 +356,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    """A running stand-in for the hub; `env` points a process to it."""
+    """A running fake Hub; `env` points a process to it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.requests, server.files, server.is_broken = [], {}, False
     address = f"http://127.0.0.1:{server.server_port}"
@@ -473,7 +473,7 @@ notebook_launcher(main, (dataclasses.replace(cfg, output_dir="launched"),), num_
 
 
 def press_enter_until_it_ends(command, env):
-    """Run a program in a terminal of its own, taking every default it offers; returns its exit status."""
+    """Run a program in its own terminal, accept every default, and return the exit status."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.execve(command[0], command, env)
@@ -533,7 +533,7 @@ def test_readme_lists_every_flag(tmp_path):
 
 
 def test_readme_tells_of_every_default_that_differs():
-    section = README[README.index("## Coming from diffusers' script") : README.index("## All flags")]
+    section = README[README.index("## Migrate from the diffusers script") : README.index("## All flags")]
     mine = {field.name: field.default for field in dataclasses.fields(Config)}
     differing = [name for name, value in ANCESTOR.items() if str(mine[name]).lower() != str(value).lower()]
     assert [name for name in differing if f"`--{name}`" not in section] == []
@@ -644,22 +644,28 @@ def test_bad_config_files(content, words, tmp_path, capsys):
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is not supported"),
         ({"prior_generation_precision": "fp16"}, "--prior_generation_precision fp16 is not supported"),
         ({"optimizer": "lion"}, "--optimizer does not accept 'lion'"),
-        ({"instance_data_dir": None}, "--instance_data_dir or from --dataset_name"),
-        ({"dataset_name": "x"}, "give exactly one of them"),
-        ({"with_prior_preservation": True}, "needs --class_data_dir"),
+        ({"instance_data_dir": None}, "give exactly one of --instance_data_dir and --dataset_name"),
+        ({"dataset_name": "x"}, "give exactly one of --instance_data_dir and --dataset_name"),
+        ({"with_prior_preservation": True}, "requires --class_data_dir"),
         ({"timestep_shift": "nan"}, "--timestep_shift accepts a number above 0 or 'scheduler'"),
         ({"timestep_shift": "0"}, "--timestep_shift"),
         ({"learning_rate": math.nan}, "--learning_rate does not accept nan; it accepts float"),
         ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
         ({"lora_dropout": 1.0}, "--lora_dropout must be below 1"),
-        ({"lr_scheduler": "piecewise_constant"}, "require each other"),
-        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "0.1,a:3"}, "--lr_step_rules must have the form"),
+        ({"lr_scheduler": "piecewise_constant"}, "must be used together"),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_step_rules": "0.1,a:3"},
+            "--lr_step_rules must be factor:until_step",
+        ),
         ({"validation_prompt": "text"}, "--validation_prompt does not accept 'text'; it accepts tuple[str, ...]"),
         ({"repeats": True}, "--repeats does not accept True"),
         ({"instance_prompt": "\udcff"}, "--instance_prompt does not accept"),
         ({"learning_rate": 10**400}, "--learning_rate does not accept"),
         ({"seed": 2**64}, "--seed must be below"),
-        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1.2.3:5,1"}, "--lr_step_rules must have the form"),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1.2.3:5,1"},
+            "--lr_step_rules must be factor:until_step",
+        ),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "--lr_scheduler polynomial decays to 1e-7"),
         ({"caption_column": "text"}, "--caption_column requires --dataset_name"),
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is required"),
@@ -668,7 +674,7 @@ def test_bad_config_files(content, words, tmp_path, capsys):
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id a/b/c is not a valid repository name"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0"),
         ({"push_to_hub": True, "hub_model_id": "用户/a"}, "--hub_model_id 用户/a is not a valid repository name"),
-        ({"hub_token": "hf_x\r"}, "--hub_token contains a line break, a space, or a letter that no token has"),
+        ({"hub_token": "hf_x\r"}, "--hub_token contains whitespace or an invalid character"),
         ({"hub_token": ["hf_x"]}, "--hub_token does not accept this value; it accepts str"),
     ],
 )
@@ -692,7 +698,7 @@ def test_config_refuses(changes, words, make_config):
             {"final_validation_prompt": "a", "validation_prompt": ("b",)},
             "--final_validation_prompt has no effect with",
         ),
-        ({"cache_latents": True, "random_flip": True}, "at its center, with its mirror image"),
+        ({"cache_latents": True, "random_flip": True}, "images are center-cropped, and flipped copies are cached"),
         ({"fsdp_text_encoder": True}, "--fsdp_text_encoder has no effect"),
         ({"use_8bit_adam": True}, "240 MB compared with fp32 AdamW, at rank 16 with the default layers"),
         (PRODIGY | {"use_8bit_adam": True}, "--use_8bit_adam is ignored with --optimizer prodigy"),
@@ -713,7 +719,7 @@ def test_advice_names_a_precision_that_does_not_count(make_config, monkeypatch):
 
 
 # =====================================================================================================================
-# Data plan
+# Plan
 # =====================================================================================================================
 
 
@@ -745,7 +751,7 @@ def truncated(path):
 
 
 def in_mode(mode, **options):
-    """A image of some mode."""
+    """An image of some mode."""
     return lambda path: Image.new("RGB", (64, 64), (9, 99, 200)).convert(mode).save(path, **options)
 
 
@@ -765,21 +771,21 @@ def float_tiff(path):
 
 
 def with_text(text):
-    """A image whose caption is some bytes."""
+    """An image whose caption file contains given bytes."""
     return lambda path: (draw(path), path.with_suffix(".txt").write_bytes(text))
 
 
 def nested(path):
-    """A image ten folders deep."""
+    """An image ten folders deep."""
     draw(path.joinpath(*"abcdefghij", "deep.png"))
 
 
 def hidden_in(folder):
-    """A file in a folder that tools leave."""
+    """A file in a folder that other tools create."""
     return lambda path: draw(path.parent / folder / ("._1.png" if folder == "__MACOSX" else "1.png"))
 
 
-# What may lie in a folder of images: how to make it, and whether it is used, skipped with a line, or refused.
+# Unusual files in an image folder: how to create them, and whether they are used, skipped, or rejected.
 ODD_FILES = {
     "truncated.jpg": (truncated, "skipped"), "zero.png": (lambda path: path.write_bytes(b""), "skipped"),
     "jpeg called.png": (lambda path: draw(path, format="JPEG"), "used"),
@@ -808,7 +814,7 @@ ODD_FILES = {
 
 
 def rotation(orientation):
-    """EXIF data that turn a image."""
+    """EXIF data that rotate an image."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -1041,7 +1047,7 @@ def test_plan_states_how_often_images_are_seen_and_what_validation_costs(make_co
     cfg = dataclasses.replace(cfg, validation_steps=50)
     lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples, 1))
     assert re.search(r"32 x 32 +5 +0 +0 +1 +20 ", lines[1])
-    # before, after 50 and after the last step: 3 x 4 images x 10 steps x 2 for guidance, against 2 passes a image
+    # before, after 50 and after the last step: 3 x 4 images x 10 steps x 2 for guidance, against 2 passes an image
     words = "3 x 4 images of 32 x 32, 10 steps each, twice for guidance = 240 forward passes, about 55%"
     assert words in lines[-1]
     larger = dataclasses.replace(cfg, validation_resolution=64, guidance_scale=0.0)
@@ -1049,7 +1055,7 @@ def test_plan_states_how_often_images_are_seen_and_what_validation_costs(make_co
     assert "10 steps each = 120 forward passes, about 71%" in line  # 120 x 4 against 200
     missing = [dataclasses.replace(sample(n, is_prior=True), digest="") for n in range(7)]
     line = z.describe_plan(samples + missing, cfg, z.make_schedule(cfg, samples + missing))[-2]
-    assert line == "to be generated first: 7 class images, 140 forward passes"
+    assert line == "class images to generate first: 7, in 140 forward passes"
 
 
 def test_a_long_run_is_planned_from_its_first_part(make_config):
@@ -1101,7 +1107,7 @@ def test_steps_from_epochs(make_config):
 
 
 def test_dataset_folder(make_config, tmp_path, capsys):
-    """A local data set as `datasets` reads it: images and captions become samples."""
+    """Images and captions of a local dataset, as `datasets` reads it, become samples."""
     for number in range(3):
         draw(tmp_path / "set" / "train" / f"{number}.png", (40 + number, 40))
     rows = [{"file_name": f"{n}.png", "words": f"caption {n}", "number": n} for n in range(3)]
@@ -1112,7 +1118,7 @@ def test_dataset_folder(make_config, tmp_path, capsys):
     assert sorted((s.prompt, s.size) for s in samples) == [(f"caption {n}", (40, 40 + n)) for n in range(3)]
     cfg = make_config(**changes)
     assert {s.prompt for s in z.plan_samples(cfg)} == {"a photo of sks dog"}
-    assert "captions are not used; --caption_column takes them from words" in capsys.readouterr().out
+    assert "captions are not used; to use them, set --caption_column to words" in capsys.readouterr().out
     with pytest.raises(
         UserError, match="--caption_column txt is not a column of the dataset, which has image, words, number"
     ):
@@ -1132,7 +1138,7 @@ def test_dataset_folder(make_config, tmp_path, capsys):
         z.export_dataset(make_config(**(changes | {"dataset_name": str(tmp_path / "nowhere")})))
 
 
-# Each entry makes one mistake in a folder that would otherwise train, and gives the words of the answer.
+# Each entry makes one mistake in a working setup, and gives the expected error text.
 MISTAKES = {
     "no folder": (lambda w: ["--instance_data_dir=cats"], "--instance_data_dir cats does not exist"),
     "empty folder": (lambda w: (w / "empty").mkdir() or ["--instance_data_dir=empty"], "contains no usable image"),
@@ -1146,11 +1152,11 @@ MISTAKES = {
     ),
     "metadata names a missing file": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n') and [],
-        "metadata.jsonl, line 1 names gone.png",
+        "metadata.jsonl, line 1 lists gone.png",
     ),
     "metadata leaves the folder": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "../x.png", "text": "x"}\n') and [],
-        "metadata.jsonl, line 1 names ../x.png",
+        "metadata.jsonl, line 1 lists ../x.png",
     ),
     "caption that is not text": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text('{"file_name": "dog-0.jpeg", "text": 5}\n') and [],
@@ -1184,7 +1190,7 @@ MISTAKES = {
         lambda w: (w / "out" / "checkpoint-500").mkdir(parents=True)
         or (w / "out" / "checkpoint-500" / "pytorch_lora_weights.safetensors").write_text("x")
         and (w / "out" / "checkpoint-500" / "optimizer.bin").write_text("x") and [],
-        "--output_dir out contains checkpoint-500, which this script did not write",
+        "--output_dir out contains checkpoint-500, not written by this script",
     ),
     "checkpoint of an earlier version": (
         lambda w: (w / "out" / "checkpoint-500").mkdir(parents=True)
@@ -1212,7 +1218,7 @@ MISTAKES = {
     "output is a file": (lambda w: (w / "out").write_text("x") and [], "--output_dir out: out is not a folder"),
     "output holds others' files": (
         lambda w: (w / "out").mkdir() or (w / "out" / "README.md").write_text("x") and [],
-        "--output_dir out contains README.md, which this script did not write",
+        "--output_dir out contains README.md, not written by this script",
     ),
     "output holds a run": (
         lambda w: (w / "out" / "checkpoint-2").mkdir(parents=True)
@@ -1233,7 +1239,7 @@ MISTAKES = {
     ),
     "two attention backends": (
         lambda w: ["--enable_npu_flash_attention", "--attention_backend=flash"],
-        "--enable_npu_flash_attention contradicts --attention_backend flash",
+        "--enable_npu_flash_attention conflicts with --attention_backend flash",
     ),
     "output among the images": (
         lambda w: ["--output_dir=dog/out"],
@@ -1259,7 +1265,7 @@ MISTAKES = {
         "b.json must contain one JSON object",
     ),
     "no such variant": (
-        lambda w: ["--variant=bf16"], "model/text_encoder has no weights of --variant bf16, only model.safetensors"
+        lambda w: ["--variant=bf16"], "model/text_encoder has no weights for --variant bf16, only model.safetensors"
     ),
     "no checkpoint": (lambda w: ["--resume_from_checkpoint=dog"], "dog is damaged or not a checkpoint of this script"),
     "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
@@ -1294,7 +1300,7 @@ def test_a_disk_that_refuses_is_answered_in_a_sentence(workplace, model, capsys)
 
 
 def test_what_only_one_process_suffers_is_not_silent(make_config, monkeypatch, capsys):
-    """What every process finds, the first one says; an error that may be one process's own is said by that one."""
+    """Shared errors are printed by the main process, errors of a single process by that process."""
     monkeypatch.setenv("RANK", "1")
 
     def fails(error, what=None):
@@ -1319,11 +1325,11 @@ def test_what_only_one_process_suffers_is_not_silent(make_config, monkeypatch, c
         ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "only fsdp_offload_params: false"),
         ({}, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "only fsdp_cpu_ram_efficient_loading: false"),
         ({"lora_dropout": 0.1}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--lora_dropout would be sampled again"),
-        ({"quantization": "int8"}, {}, "FSDP cannot shard --quantization"),
-        ({"do_fp8_training": True}, {}, "FSDP cannot shard --do_fp8_training"),
-        ({"bnb_quantization_config_path": "nf4.json"}, {}, "FSDP cannot shard --bnb_quantization_config_path"),
-        ({"use_8bit_adam": True}, {}, "FSDP cannot shard --use_8bit_adam"),
-        ({"optimizer": "prodigy", "use_8bit_adam": True}, {}, "FSDP cannot shard --optimizer prodigy"),
+        ({"quantization": "int8"}, {}, "FSDP does not support --quantization"),
+        ({"do_fp8_training": True}, {}, "FSDP does not support --do_fp8_training"),
+        ({"bnb_quantization_config_path": "nf4.json"}, {}, "FSDP does not support --bnb_quantization_config_path"),
+        ({"use_8bit_adam": True}, {}, "FSDP does not support --use_8bit_adam"),
+        ({"optimizer": "prodigy", "use_8bit_adam": True}, {}, "FSDP does not support --optimizer prodigy"),
     ],
 )
 def test_what_fsdp_cannot_do_is_refused(changes, env, words, make_config, monkeypatch):
@@ -1402,7 +1408,7 @@ def test_a_component_that_cannot_be_loaded_gets_a_sentence(make_config, model, t
 
 
 def test_large_files_are_identified_by_slices(tmp_path):
-    """Small files completely; large ones by 4 KiB of every 4 MiB, so that no weight matrix of a block is missed."""
+    """Small files are hashed completely, large ones by 4 KiB of every 4 MiB, which covers every weight matrix."""
     for size, start, is_seen in ((2**24 - 1, 5000, True), (2**25, 2**22 + 17, True), (2**25, 5000, False)):
         content = bytearray(size)
         (tmp_path / "a").write_bytes(content)
@@ -1420,13 +1426,13 @@ def test_a_missing_shard_is_named(model, tmp_path):
     shutil.copytree(model, tmp_path / "m")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "m" / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="text_encoder lacks model-00001-of-00002.safetensors, model-00002"):
+    with pytest.raises(UserError, match="text_encoder is missing model-00001-of-00002.safetensors, model-00002"):
         z.check_components(tmp_path / "m", None)
     shutil.copy(tmp_path / "m/text_encoder/model.safetensors", tmp_path / "m/text_encoder/model.bf16.safetensors")
     for component in ("vae", "transformer"):
         file = tmp_path / "m" / component / "diffusion_pytorch_model.safetensors"
         shutil.copy(file, file.with_name("diffusion_pytorch_model.bf16.safetensors"))
-    z.check_components(tmp_path / "m", "bf16")  # has no use for the other variant's shards
+    z.check_components(tmp_path / "m", "bf16")  # does not need the other variant's shards
 
 
 # =====================================================================================================================
@@ -1445,11 +1451,11 @@ def test_prompts_are_encoded_as_the_pipeline_does(prompt, model, capsys):
     expected = pipe.encode_prompt(prompt, device=CPU, do_classifier_free_guidance=False)[0][0]
     encoded = z.encode_prompt(*z.load_text_encoder(model, FP32), prompt, 512)
     assert encoded.shape == expected.shape and torch.allclose(encoded, expected, atol=1e-6)
-    assert ("truncated: 'xx" in capsys.readouterr().out) == (prompt == "x" * 900)
+    assert ("cut off: 'xx" in capsys.readouterr().out) == (prompt == "x" * 900)
 
 
 def test_text_encoder_saved_as_a_language_model_loads_too(model, tmp_path):
-    """The real checkpoint may hold Qwen3ForCausalLM: other key names, a head nobody needs."""
+    """The real checkpoint may hold Qwen3ForCausalLM: other key names, an unused head."""
     from transformers import Qwen3ForCausalLM, Qwen3Model
 
     shutil.copytree(model, tmp_path / "m")
@@ -1554,7 +1560,7 @@ def test_an_example_is_mirrored_from_the_cache_too_and_has_noise_of_its_own(make
 
 
 def test_batches_can_cross_to_worker_processes(make_config, model):
-    """Nothing of the loader is a closure: it pickles, as workers on Windows and macOS need."""
+    """The loader can be pickled, as worker processes on Windows and macOS require."""
     cfg = make_config()
     examples = z.TrainingExamples([sample(0)], encodings_of(cfg, model))
     assert pickle.loads(pickle.dumps((examples, z.collate)))[1] is z.collate
@@ -1606,7 +1612,7 @@ def test_damaged_cache_files_are_made_again(make_config, tmp_path):
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
-    """Many writers of one file: a reader never sees a part, and no temporary file stays."""
+    """With many writers of one file, readers never see a partial file, and no temporary file remains."""
     path, seen = tmp_path / "x" / "y.bin", set()
     writers = [threading.Thread(target=z.write_file, args=(path, bytes([n]) * 100_000)) for n in range(8)]
     for writer in writers:
@@ -1730,7 +1736,7 @@ def test_workers_load_what_the_main_process_would(make_config, tmp_path):
 
 @pytest.fixture
 def places(monkeypatch):
-    """A policy of fake devices: encoders note where they are moved and when they work; "cpu:0" is the GPU."""
+    """Fake devices: encoders record where they are moved and when they run; "cpu:0" is the GPU."""
     from diffusers import AutoencoderKL
     from transformers import Qwen3Model
 
@@ -1833,14 +1839,16 @@ def test_lora_layers(model, capsys):
 def test_unknown_lora_layers_are_refused_before_weights_are_read(model, tmp_path):
     shutil.copytree(model, tmp_path / "m")
     (tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"no linear layer matches to_x; there are .*attention.to_q.*feed_forward.w1"):
+    with pytest.raises(
+        UserError, match=r"no linear layer matches to_x; choose from .*attention.to_q.*feed_forward.w1"
+    ):
         layers_of(tmp_path / "m", "to_q,to_x")
     with pytest.raises(UserError, match="--lora_layers is empty"):
         layers_of(tmp_path / "m", ",")
 
 
 def make_run(cfg, transformer, optimizer=None, accelerator=None, samples=()):
-    """What training needs, from pieces made by hand."""
+    """Build a `Run` from hand-made parts."""
     model, samples = Path(cfg.pretrained_model_name_or_path), list(samples) or [sample(0)]
     plan = z.Plan(samples, z.make_schedule(cfg, samples), None)
     encodings = z.Encodings(cfg, model, {})
@@ -1910,7 +1918,7 @@ def test_gradient_checkpointing_gives_equal_gradients(model, make_config):
 # Quantized weights
 # =====================================================================================================================
 
-STORAGES = {  # settings, and the most that the blocks' linear layers may take of what they take in bf16
+STORAGES = {  # settings, and the largest allowed size of the blocks' linear layers, relative to bf16
     "fp8": ({"quantization": "fp8"}, 0.56),
     "int8": ({"quantization": "int8"}, 0.56),
     "nf4": ({"quantization": "nf4"}, 0.3),
@@ -1931,7 +1939,7 @@ def frozen_layers(transformer):
 
 
 def stored_tensors(layer):
-    """What a quantized weight consists of."""
+    """Return the tensors of a quantized weight."""
     return (
         (layer.weight.qdata, layer.weight.scale)
         if hasattr(layer.weight, "qdata")
@@ -1940,7 +1948,7 @@ def stored_tensors(layer):
 
 
 def restored(layer):
-    """A quantized weight as its product uses it."""
+    """Return a quantized weight as its matmul uses it."""
     return z.dequantize(layer.weight)
 
 
@@ -2000,7 +2008,7 @@ def test_fp8_training_multiplies_in_fp8_where_the_hardware_can(model, make_confi
 
 
 def saved_bytes(transformer, cfg):
-    """Bytes that one forward pass keeps for the backward pass, beside the parameters."""
+    """Return the bytes that a forward pass saves for the backward pass, besides the parameters."""
     kept = {}
     own = {p.untyped_storage().data_ptr() for p in transformer.parameters() if not hasattr(p, "qdata")}
 
@@ -2068,7 +2076,7 @@ def test_a_quantized_model_is_read_from_shards_and_its_gaps_are_named(model, mak
 
 
 def test_quantized_runs_lose_nothing(make_config, tmp_path):
-    """After 20 steps the loss is within 3 % of that in bf16."""
+    """After 20 steps the loss is within 3% of the bf16 loss."""
     ends = {}
     for name, (changes, _) in {"bf16": ({}, 1), **STORAGES}.items():
         cfg = make_config(
@@ -2096,7 +2104,7 @@ def test_fp8_training_is_refused_below_compute_capability_8_9(model, make_config
 
 @pytest.fixture
 def bitsandbytes_on_cpu(monkeypatch):
-    """Lift the gate by which diffusers refuses bitsandbytes without a GPU; bitsandbytes itself works on a CPU."""
+    """Bypass diffusers' check that bitsandbytes has a GPU; bitsandbytes itself works on a CPU."""
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
     for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
@@ -2149,7 +2157,7 @@ def test_8_bit_adam_that_cannot_step_gets_a_sentence(make_config, model, monkeyp
     z.check_hardware(cfg, z.make_empty_transformer(model))
     monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", fail)
     with pytest.raises(
-        UserError, match="--use_8bit_adam: bitsandbytes does not support it on this machine: no kernel; leave"
+        UserError, match="--use_8bit_adam: bitsandbytes does not support it on this machine: no kernel; remove"
     ):
         z.check_hardware(cfg, z.make_empty_transformer(model))
     z.check_hardware(make_config(**PRODIGY, use_8bit_adam=True), z.make_empty_transformer(model))
@@ -2173,7 +2181,7 @@ def test_attention_backends(make_config, model):
     with pytest.raises(UserError, match="--attention_backend fast: `backend='fast'` must be one of the following"):
         z.check_hardware(make_config(attention_backend="fast"), z.make_empty_transformer(model))
     with pytest.raises(
-        UserError, match="--attention_backend flex: .*it cannot be used for training here; leave it out"
+        UserError, match="--attention_backend flex: .*it does not support training here; remove the flag"
     ):
         z.check_hardware(
             make_config(attention_backend="flex"), z.make_empty_transformer(model)
@@ -2181,7 +2189,7 @@ def test_attention_backends(make_config, model):
 
 
 def test_an_attention_without_gradient_is_refused(make_config, model, monkeypatch):
-    """A stand-in for kernels such as sage's, whose result is cut off from its inputs."""
+    """A fake kernel like sage's, whose output is detached from its inputs."""
     attend = z.dispatch_attention_fn
     monkeypatch.setattr(z, "dispatch_attention_fn", lambda *inputs: attend(*inputs).detach())
     with pytest.raises(UserError, match="--attention_backend native: .*does not require grad"):
@@ -2194,7 +2202,7 @@ def test_an_attention_without_gradient_is_refused(make_config, model, monkeypatc
 
 
 class Oracle(nn.Module):
-    """A transformer that knows the answer and records the call; its answer is in Z-Image's dialect."""
+    """A transformer that returns a given velocity, in Z-Image's conventions, and records the call."""
 
     def __init__(self, velocity):
         super().__init__()
@@ -2239,14 +2247,14 @@ def test_velocity_and_euler_steps_agree_with_the_pipeline(steps, model):
 
 
 def test_captions_must_match_images():
-    with pytest.raises(AssertionError, match="zip"):
+    with pytest.raises(AssertionError, match="silently drop the surplus"):
         z.predict_velocity(
             Oracle(torch.zeros(2, 16, 4, 6)), torch.zeros(2, 16, 4, 6), torch.zeros(2), [torch.zeros(3, 32)]
         )
 
 
 def sigmas_of(make_config, shift=1.0, count=2000, **changes):
-    """Draw many noise levels."""
+    """Sample many noise levels."""
     return z.sample_sigmas(list(range(count)), make_config(**changes), shift)
 
 
@@ -2357,7 +2365,7 @@ TOY = HERE.parent / "shared" / "toy" / "toy-z-image"
 
 @pytest.mark.skipif(not TOY.is_dir(), reason="needs the toy model beside the repository, in ../shared/toy")
 def test_a_trained_model_learns_the_subject(make_config, tmp_path):
-    """Real weights, real images: sixty steps nearly halve the loss, and the images change towards the subject."""
+    """Real weights, real images: sixty steps nearly halve the loss, and the images change toward the subject."""
     z.make_demo_images(tmp_path / "badge")
     cfg = make_config(
         pretrained_model_name_or_path=str(TOY), instance_data_dir=str(tmp_path / "badge"), resolution=64, rank=16,
@@ -2380,7 +2388,7 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_resume_is_exact(name, make_config, tmp_path, capsys):
-    """2N steps equal N, a resume, and N more, to the last bit of the file."""
+    """Training for 2N steps, or N, resuming, and N more, gives byte-identical files."""
     whole = make_config(max_train_steps=6, output_dir=str(tmp_path / "whole"), **EXACT[name])
     half = dataclasses.replace(whole, max_train_steps=3, output_dir=str(tmp_path / "half"))
     rest = dataclasses.replace(whole, output_dir=half.output_dir, resume_from_checkpoint="latest")
@@ -2421,19 +2429,19 @@ def test_a_checkpoint_elsewhere_continues_in_a_folder_of_its_own(make_config, tm
 
 
 def flip_a_bit(path):
-    """Damage a file as a disk does."""
+    """Flip one bit of a file, as a bad disk can."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def sign(folder, state):
-    """Seal a checkpoint with another state, as a stranger can."""
+    """Seal a checkpoint with another state, as an attacker can."""
     z.write_tensors(folder / "state.safetensors", load_file(folder / "state.safetensors"), {"state": state})
 
 
 def change_header(folder):
-    """Change one letter of what a checkpoint says about itself."""
+    """Change one character of a checkpoint's header."""
     file = folder / "state.safetensors"
     file.write_bytes(file.read_bytes().replace(b"adamw", b"adamv"))
 
@@ -2461,14 +2469,14 @@ def test_a_damaged_checkpoint_is_skipped_named_and_never_deleted(make_config, tm
         run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
         printed = capsys.readouterr().out
         assert "resuming from" in printed and "checkpoint-2, after step 2" in printed, name
-        aside = re.search(r"checkpoint-3 is damaged; it is now called (\S+)", printed)[1]
+        aside = re.search(r"checkpoint-3 is damaged; renamed to (\S+)", printed)[1]
         assert {path.name: path.read_bytes() for path in (out / aside).iterdir()} == remains, name
         assert (lora_bytes(cfg), losses_of(cfg)) == expected, name
     assert len(list(out.glob("superseded-checkpoint-3-*"))) == len(DAMAGES)
 
 
 def test_a_checkpoint_without_its_state_is_none(make_config, tmp_path, capsys):
-    """What a run leaves that was killed while it wrote or removed a checkpoint: the LoRA alone, or half of it."""
+    """A run killed while writing or removing a checkpoint leaves the LoRA alone, or half of it."""
     cfg = make_config(max_train_steps=3, checkpointing_steps=1)
     run(cfg)
     out, expected = tmp_path / "out", (lora_bytes(cfg), losses_of(cfg))
@@ -2486,7 +2494,7 @@ def test_a_checkpoint_without_its_state_is_none(make_config, tmp_path, capsys):
 
 
 def test_no_folder_is_renamed(make_config, tmp_path, monkeypatch, capsys):
-    """Bucket mounts rename files only: checkpoints are written, removed, and set aside all the same."""
+    """Object store mounts can rename only files; checkpoints are still written, removed, and set aside."""
     replace = os.replace
 
     def refuse_folders(source, target):
@@ -2498,7 +2506,7 @@ def test_no_folder_is_renamed(make_config, tmp_path, monkeypatch, capsys):
     cfg = make_config(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=3)
     run(cfg)
     run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-2", max_train_steps=3))
-    assert "checkpoint-4 is superseded; it is now called superseded-checkpoint-4" in capsys.readouterr().out
+    assert "checkpoint-4 is superseded; renamed to superseded-checkpoint-4" in capsys.readouterr().out
     run(dataclasses.replace(cfg, overwrite_output_dir=True, max_train_steps=1))
     assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-1"]
 
@@ -2543,13 +2551,13 @@ def test_rotation_keeps_damaged_checkpoints_and_comes_after_the_new_one_is_verif
     for spoiled in ("state.safetensors", "pytorch_lora_weights.safetensors"):
 
         def lose(path, content, place=newest / spoiled):
-            """Play a disk that loses what it was given."""
+            """Simulate a disk that loses writes."""
             write(path, content)
             if path == place:
                 flip_a_bit(path)
 
         monkeypatch.setattr(z, "write_file", lose)
-        with pytest.raises(OSError, match="checkpoint-7 cannot be read back as it was written; check the disk"):
+        with pytest.raises(OSError, match="checkpoint-7 was not written correctly; check the disk"):
             run(dataclasses.replace(again, max_train_steps=7))
         assert {"checkpoint-5", "checkpoint-6"} < {path.name for path in z.list_checkpoints(tmp_path / "out")}
         shutil.rmtree(newest)
@@ -2572,6 +2580,20 @@ def test_the_optimizers_settings_are_those_of_the_resumed_run(make_config, tmp_p
     run(dataclasses.replace(cfg, adam_weight_decay=0.5, max_train_steps=3, resume_from_checkpoint="latest"))
     groups = [z.read_checkpoint(path).state["group"] for path in z.list_checkpoints(tmp_path / "out")]
     assert [group["k"] for group in groups] == [2, 3] and not any("weight_decay" in group for group in groups)
+
+
+def test_a_checkpoint_that_appears_after_the_plan_is_not_set_aside(make_config, tmp_path):
+    """The earlier run of a requeued job may save its last checkpoint while the next one imports its libraries."""
+    cfg = make_config(max_train_steps=1)
+    run(cfg)
+    again = dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="latest")
+    plan = z.make_plan(again)
+    run(dataclasses.replace(again, max_train_steps=2))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(UserError, match="another run has just saved .*out/checkpoint-2; start again with --resume"):
+        main(again, plan)
+    run(again)
+    assert len(losses_of(cfg)) == 3 and not list((tmp_path / "out").glob("superseded-*"))
 
 
 def test_latest_without_a_checkpoint_starts_afresh(make_config, capsys, tmp_path):
@@ -2598,7 +2620,7 @@ def test_resuming_with_what_cannot_fit_is_refused_before_anything_is_touched(mak
         r"--lora_layers to_q \(was to_q,to_k": {"lora_layers": "to_q", "resume_anyway": True},
         r"--optimizer prodigy \(was adamw\)": {"optimizer": "prodigy", "resume_anyway": True},
         r"--use_8bit_adam True \(was False\)": {"use_8bit_adam": True, "resume_anyway": True},
-        "the checkpoint is at step 3 already; --max_train_steps must be at least that": {"max_train_steps": 2},
+        "the checkpoint is already at step 3; --max_train_steps must not be lower": {"max_train_steps": 2},
     }
     for words, change in changes.items():
         with pytest.raises(UserError, match=words):
@@ -2634,7 +2656,7 @@ def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(make_confi
     save_file(weights, poisoned / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     changes = {"pretrained_model_name_or_path": str(poisoned), "resume_from_checkpoint": "latest"}
     changes |= {"resume_anyway": True}
-    words = r"step 3: the loss is nan, .* with \S+/\d.png at sigma 0\.\d+; .*checkpoint-2.*--learning_rate"
+    words = r"step 3: the loss is nan, .* for \S+/\d.png at sigma 0\.\d+; .*checkpoint-2.*--learning_rate"
     with pytest.raises(FloatingPointError, match=words):
         run(make_config(**changes, max_train_steps=8))
     assert len(losses_of(make_config())) == 2
@@ -2654,7 +2676,7 @@ def test_processes_that_do_not_see_each_other_are_refused(make_config, monkeypat
     monkeypatch.setenv(
         "WORLD_SIZE", "2"
     )  # as with FSDP and use_cpu: true, for which accelerate starts two runs of one
-    with pytest.raises(UserError, match="accelerate configuration: 2 processes were started, but it sees 1"):
+    with pytest.raises(UserError, match="accelerate configuration: accelerate sees 1 of 2 started processes"):
         z.make_accelerator(make_config())
 
 
@@ -2759,7 +2781,7 @@ def launch(tmp_path, *arguments, **env):
 
 
 def launch_configs(tmp_path, configs, envs=None, **env):
-    """Run main in two gloo processes, for each config in turn, each with environment variables of its own."""
+    """Run main in two gloo processes, for each config in turn, each with its own environment variables."""
     file = tmp_path / "configs.json"
     file.write_text(json.dumps(list(zip(map(dataclasses.asdict, configs), envs or [{}] * len(configs)))))
     return launch(tmp_path, str(file), **env)
@@ -2794,7 +2816,7 @@ def test_two_processes_follow_the_curve_of_one(make_config, tmp_path):
 
 
 def accelerate_launch(workplace, settings, *flags, env=None):
-    """Run the script by `accelerate launch` with a configuration, two processes where it is FSDP's."""
+    """Run the script by `accelerate launch` with a configuration, in two processes for FSDP."""
     (workplace / "accelerate.yaml").write_text(settings)
     (workplace / "worker.py").write_text(WORKER)
     launcher = Path(sys.executable).with_name("accelerate")
@@ -2873,11 +2895,11 @@ FORMATS = ("fp8 training", "`--quantization`", "bitsandbytes JSON")
 
 
 def verdict(first, second):
-    """What the README's table says of two techniques together; they come in the order of `TECHNIQUES`."""
+    """Return the README table's entry for two techniques, in the order of `TECHNIQUES`."""
     if second == "FSDP":
-        return {"DDP": "instead"}.get(first, "refused" if first in (*FORMATS, "8-bit Adam", "Prodigy") else "yes")
+        return {"DDP": "instead of DDP"}.get(first, "no" if first in (*FORMATS, "8-bit Adam", "Prodigy") else "yes")
     if first in FORMATS and second in FORMATS:
-        return "refused"
+        return "no"
     return "ignored" if (first, second) == ("8-bit Adam", "Prodigy") else "yes"
 
 
@@ -2909,7 +2931,7 @@ ALONE = [name for name in TECHNIQUES if name not in ("DDP", "FSDP")]
 
 @pytest.mark.parametrize(("first", "second"), [*itertools.combinations(ALONE, 2)])
 def test_pairs_of_techniques(first, second, make_config, tmp_path, monkeypatch, capsys, bitsandbytes_on_cpu):
-    if verdict(first, second) == "refused":
+    if verdict(first, second) == "no":
         with pytest.raises(UserError, match="set the format of the same weights; give only one of them"):
             together(make_config, tmp_path, first, second)
         return
@@ -2932,7 +2954,7 @@ def test_every_technique_in_two_processes(make_config, tmp_path):
 
 
 def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
-    """FSDP with each technique that can be sharded, in one launch; another test has what is refused."""
+    """FSDP with each technique that can be sharded, in one launch; another test covers the rejected ones."""
     names = [name for name in ALONE if verdict(name, "FSDP") == "yes"]
     configs = [together(make_config, tmp_path, "FSDP", name) for name in names]
     envs = [{"ACCELERATE_DYNAMO_BACKEND": "EAGER" if name == "compile" else "NO"} for name in names]
@@ -2948,12 +2970,12 @@ def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
 
 
 # =====================================================================================================================
-# Never lose a run
+# Stop and resume
 # =====================================================================================================================
 
 
 def start(workplace, *flags, launcher=()):
-    """Start the script as a process of a group of its own, its output in lines; returns the process."""
+    """Start the script in its own process group, with line-buffered output; return the process."""
     command = [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
     env = {**os.environ, "HF_HOME": str(workplace / "hf"), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
@@ -3057,11 +3079,11 @@ def test_a_launcher_that_dies_takes_its_process_along(workplace, model):
     process.terminate()
     rest = process.communicate(timeout=300)[0]  # ends when the orphan has closed its side
     rows, checkpoints = steps_on_disk(workplace / "out")
-    assert checkpoints[-1] == rows[-1] and f"stopped by the end of its launcher after step {rows[-1]}" in rest
+    assert checkpoints[-1] == rows[-1] and f"stopped by the exit of its launcher after step {rows[-1]}" in rest
 
 
 def test_a_signal_that_comes_while_processes_agree_is_for_the_next_time(monkeypatch):
-    """Else this process would stop and wait for others that do not know."""
+    """Otherwise this process would stop and wait for others that continue."""
     stop = z.StopRequest(None)
     monkeypatch.setattr(z, "any_process", lambda is_asked: stop.receive(signal.SIGTERM, None) or is_asked)
     assert [stop.is_agreed(), stop.reason, stop.is_agreed()] == [False, "SIGTERM", True]
@@ -3111,7 +3133,7 @@ def test_batches_end_at_a_signal_and_a_half_accumulated_step_is_dropped(make_con
     assert all(torch.equal(a, b) for a, b in zip(before, parameters))
 
 
-# What the script does, in order; a run is killed when a thing first appears, so the next one comes further.
+# The stages of a run; it is killed when a stage's file first appears, so the next run gets further.
 EVENTS = {
     "encoding prompts": "cache/*/prompts/*",
     "generating": "classes/class-00001.png",
@@ -3132,7 +3154,7 @@ KILLED = {
 
 
 def killed_config(workplace, model, name):
-    """A config whose run does all that a run can do."""
+    """A config whose run covers every stage."""
     settings = {
         "pretrained_model_name_or_path": str(model), "instance_data_dir": "dog", "instance_prompt": "a sks dog",
         "resolution": 32, "rank": 4, "mixed_precision": "no", "max_train_steps": 8, "num_inference_steps": 2,
@@ -3152,7 +3174,7 @@ def has_happened(workplace, event):
 
 
 def kill_when(process, is_time):
-    """Kill a process and all of its group as soon as something is so; returns whether it was in time."""
+    """Kill a process group as soon as a condition holds; return whether it was still running."""
     while process.poll() is None and not is_time():
         os.sched_yield()
     with contextlib.suppress(ProcessLookupError):
@@ -3162,7 +3184,7 @@ def kill_when(process, is_time):
 
 
 def results(workplace):
-    """All that a run has made, but for times."""
+    """Return all outputs of a run except timings."""
     rows = [json.loads(line) for line in (workplace / "out" / "metrics.jsonl").open()]
     images = sorted([*(workplace / "out" / "validation").rglob("*"), *(workplace / "classes").glob("[!.]*")])
     files = [workplace / "out" / "pytorch_lora_weights.safetensors", *(path for path in images if path.is_file())]
@@ -3170,7 +3192,7 @@ def results(workplace):
 
 
 def run_undisturbed(workplace, model, name):
-    """What comes out if nobody kills it; the folder is clean again afterwards."""
+    """Return the results of an uninterrupted run, and clean the folder."""
     process = start(workplace, *killed_config(workplace, model, name))
     assert process.communicate(timeout=300) and process.returncode == 0
     expected = results(workplace)
@@ -3270,7 +3292,7 @@ def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tm
     again = dataclasses.replace(cfg, resume_from_checkpoint="latest", max_train_steps=2)
     for name, (change, words) in CHANGED.items():
         with pytest.raises(
-            UserError, match=f"saved with other settings or data: {words}.*or add --resume_anyway if the cha"
+            UserError, match=f"saved with different settings or data: {words}.*or add --resume_anyway if the cha"
         ):
             run(dataclasses.replace(again, **change))
         kept = shutil.copytree(tmp_path / "out", tmp_path / name)
@@ -3317,7 +3339,7 @@ def test_two_runs_cannot_share_an_output_folder(make_config, tmp_path):
         main(cfg)
     holder.kill()
     holder.communicate()
-    run(cfg)  # a dead process holds nothing
+    run(cfg)  # a dead process holds no lock
 
 
 FILL = """import sys
@@ -3356,7 +3378,7 @@ def test_four_processes_fill_one_cache_while_one_is_killed(workplace, model):
 
 @contextlib.contextmanager
 def full_disk(size):
-    """A disk on which no file can become larger than some bytes."""
+    """A disk on which no file can exceed a size in bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -3485,12 +3507,12 @@ def test_images_cannot_be_named_outside_the_data_folder(make_config, images, tmp
     draw(tmp_path / "secret.png")
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         (images / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
-        with pytest.raises(UserError, match="metadata.jsonl, line 1 names .*secret.png, which is not an image there"):
+        with pytest.raises(UserError, match="metadata.jsonl, line 1 lists .*secret.png, which is not an image there"):
             z.plan_samples(make_config())
 
 
 def make_nan(file):
-    """Make cached latents not a number, in a file that is whole."""
+    """Replace cached latents by NaN in an intact file."""
     z.write_tensors(file, {"latents": torch.full_like(load_file(file)["latents"], math.nan)})
 
 
@@ -3505,7 +3527,7 @@ def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
     assert len(skipped) == 2 and len(rows) == 10 and "2 steps were skipped" in printed
     assert all((rows[step - 1]["loss"], rows[step - 1]["grad_norm"]) == (None, None) for step in skipped)
     assert re.search(
-        rf"step {skipped[0]}: the loss is nan, .* with \S+/\d.png at sigma 0.\d+; the step is skipped", printed
+        rf"step {skipped[0]}: the loss is nan, .* for \S+/\d.png at sigma 0.\d+; the step is skipped", printed
     )
     half = dataclasses.replace(cfg, output_dir=str(tmp_path / "half"), max_train_steps=4)
     run(half)
@@ -3517,7 +3539,7 @@ def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
         make_nan(file)
     hopeless = dataclasses.replace(cfg, output_dir=str(tmp_path / "hopeless"), max_train_steps=20)
     with pytest.raises(
-        FloatingPointError, match="step 11: .* training stops, .*; ten steps in a row were skipped already"
+        FloatingPointError, match="step 11: .* training stops, .*; ten steps in a row were already skipped"
     ):
         run(hopeless)
     assert [row["is_skipped"] for row in metrics_of(hopeless)] == [True] * 10
@@ -3530,7 +3552,7 @@ def test_a_nan_can_be_skipped_and_is_counted(make_config, tmp_path, capsys):
 
 
 # =====================================================================================================================
-# Sampling
+# Validation
 # =====================================================================================================================
 
 
@@ -3695,7 +3717,7 @@ def test_model_card(make_config, tmp_path):
 
 def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path):
     run(make_config(max_train_steps=3, validation_prompt=("a",)))
-    for name in ("notes.txt", "validation/mine.png", "validation/step-000000/mine.png", "checkpoint-mine/x"):
+    for name in ("notes.txt", "validation/mine.png", "validation/step-000000/1-mine-2.png", "checkpoint-mine/x"):
         (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / name).write_text("keep")
     with pytest.raises(UserError, match="contains another run"):
@@ -3704,13 +3726,16 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
     left = {path.name for path in (tmp_path / "out").iterdir()} - {
         ".lock",
         ".lock-holder",
-    }  # the inode of .lock is what runs agree on
+    }  # runs agree on .lock's inode
     assert left == {
         "notes.txt", "validation", "checkpoint-mine", "checkpoint-2",
         "pytorch_lora_weights.safetensors", "config.json",
         "metrics.jsonl", "README.md",
     }  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "out" / "validation").rglob("*.png")) == ["mine.png"] * 2
+    assert sorted(path.name for path in (tmp_path / "out" / "validation").rglob("*.png")) == [
+        "1-mine-2.png",
+        "mine.png",
+    ]
 
 
 def test_wandb(workplace, model):
@@ -3743,7 +3768,7 @@ def test_tensorboard(make_config, tmp_path):
 
 
 def test_trackers_are_closed_when_a_run_is_stopped(make_config, monkeypatch):
-    """Else wandb would call the run crashed."""
+    """Otherwise wandb would mark the run as crashed."""
     log, writers = z.log_metrics, set()
 
     def log_and_stop(run, metrics):
@@ -3759,7 +3784,7 @@ def test_trackers_are_closed_when_a_run_is_stopped(make_config, monkeypatch):
 
 
 def test_trackers_that_cannot_start_get_a_sentence(make_config, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="--report_to wandbb: accelerate knows all,.*wandb"):
+    with pytest.raises(UserError, match="--report_to wandbb: accelerate supports all,.*wandb"):
         run(make_config(report_to="wandbb"))
     assert make_config(report_to="wandb, tensorboard,wandb").trackers == ["wandb", "tensorboard"]
     assert make_config(report_to="none").trackers == []
@@ -3833,7 +3858,7 @@ def test_a_hub_that_cannot_be_reached_stops_the_run_before_it_starts(hub, workpl
     done = run_with_hub(hub, workplace, model)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: --push_to_hub: the repository my-dog cannot be created: " in done.stderr
-    assert "check network and login (`hf auth login`" in done.stderr and not list(
+    assert "check your network and login (`hf auth login`" in done.stderr and not list(
         (workplace / "my-dog").glob("*.safetensors")
     )
 
@@ -3867,7 +3892,7 @@ def order(cfg):
 
 
 def optimizer_group(cfg):
-    """What the optimizer was told."""
+    """Return the optimizer's settings."""
     optimizer = z.make_optimizer([nn.Parameter(torch.zeros(1))], cfg)
     return {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
 

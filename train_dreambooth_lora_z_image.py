@@ -8,19 +8,19 @@
 #     "Pillow>=13.0.0",
 # ]
 # ///
-"""Teach Z-Image a new subject or style from a handful of images: DreamBooth with LoRA, in one file.
+"""Train a DreamBooth LoRA: teach Z-Image a new subject or style from a few images, in one file.
 
     python train_dreambooth_lora_z_image.py --demo                                  # a tiny model, no download, no GPU
     accelerate launch train_dreambooth_lora_z_image.py --pretrained_model_name_or_path=Tongyi-MAI/Z-Image \\
         --instance_data_dir=dog --instance_prompt="a photo of sks dog" --gradient_checkpointing --cache_latents
     accelerate launch train_dreambooth_lora_z_image.py --config OUTPUT_DIR/config.json --resume_from_checkpoint latest
 
-Read the file from top to bottom: a section uses only itself and the sections above it.
+Read the file from top to bottom: a section uses only the sections above it.
 
-    Words and files         error messages, console output, and files that are either complete or absent
+    Words and files         error messages, console output, and atomic file writes
     Config                  every flag, one line each, and the combinations that are rejected
     Plan                    images, captions, buckets, the order of the examples, the length of the run
-    Checks                  whatever can be rejected before a model is loaded; the checkpoint to resume from
+    Checks                  errors found before a model is loaded; the checkpoint to resume from
     Encoders and caches     prompts and images become embeddings and latents, once, on disk; `Batch`
     Transformer and LoRA    the frozen model and the weights trained on top of it
     Objective               flow matching as pure functions; `training_loss`
@@ -28,10 +28,10 @@ Read the file from top to bottom: a section uses only itself and the sections ab
     Validation              class images and validation images, sampled from the live model
     Artifacts               the LoRA file, the model card, the upload
     Demo                    a tiny random checkpoint and five images
-    Main                    the table of contents
+    Main                    `run_all`: every stage of a run, in order
 
-Data flows one way, the config is frozen, and every random choice is a function of (seed, number of the example). So a
-run that is interrupted and resumed sees the same images, noise, and learning rates, and on a CPU ends with the same
+Data flows one way, the config is frozen, and every random choice is a function of (seed, example number). So a
+resumed run sees the same images, noise, and learning rates as one that never stopped, and on a CPU writes the same
 bytes. A run on more processes with the same total batch follows the same loss curve up to rounding (without dropout).
 """
 
@@ -78,11 +78,11 @@ from tqdm.auto import tqdm
 
 
 class UserError(ValueError):
-    """Report what the user can fix: one sentence that names the flag or the file, and the remedy."""
+    """An error that the user can fix: one sentence that names the flag or file and the remedy."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Report that the run was asked to stop, and how to resume it; `number` is that of the signal."""
+    """The run was asked to stop; the message says how to resume. `number` is the signal's."""
 
     def __init__(self, sentence: str, number: int) -> None:
         super().__init__(f"{sentence}; resume with the same command and --resume_from_checkpoint latest")
@@ -108,7 +108,7 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Fit text on one line: escape the newlines, terminal codes, and lone surrogates that file names can hold."""
+    """Escape newlines, terminal codes, and lone surrogates, which file names can contain."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
@@ -151,7 +151,7 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either complete or absent, at any moment. Used for everything but metrics.jsonl."""
+    """Write a file atomically: it is either complete or absent. Used for everything but metrics.jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".z-image-{uuid.uuid4().hex}.tmp")
     try:
@@ -209,7 +209,7 @@ Weighting = Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"]
 LrScheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
-NO_FP16 = "{} fp16 is not supported: Z-Image overflows in fp16 and gives NaN or black images; use bf16, or no for fp32"
+NO_FP16 = "{} fp16 is not supported: Z-Image overflows in fp16 and gives NaN or black images; use bf16 (or 'no': fp32)"
 HEADINGS = {  # of --help, each above the first flag of its group
     "pretrained_model_name_or_path": "Model", "instance_data_dir": "Data", "cache_dir": "Caches", "rank": "LoRA",
     "weighting_scheme": "Objective", "optimizer": "Optimizer", "seed": "Training", "quantization": "Memory and speed",
@@ -218,7 +218,7 @@ HEADINGS = {  # of --help, each above the first flag of its group
 
 
 def flag(default: Any, help: str, *aliases: str, is_secret: bool = False, **bounds: float) -> Any:
-    """Declare a setting: its default, its line of help, its other names, and its bounds by their names in `BOUNDS`."""
+    """Declare a setting: its default, help text, aliases, and bounds, with their names in `BOUNDS`."""
     metadata = {"help": help, "aliases": aliases, "is_secret": is_secret, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
@@ -228,8 +228,8 @@ def flag(default: Any, help: str, *aliases: str, is_secret: bool = False, **boun
 class Config:
     """Fine-tune Z-Image with DreamBooth and LoRA."""
 
-    pretrained_model_name_or_path: str | None = flag(None, "Z-Image: a diffusers folder or a Hub name. Required.")
-    revision: str | None = flag(None, "Branch, tag, or commit of a model on the Hub.")
+    pretrained_model_name_or_path: str | None = flag(None, "Local diffusers folder or Hub ID of Z-Image. Required.")
+    revision: str | None = flag(None, "Branch, tag, or commit of the Hub model.")
     variant: str | None = flag(None, "Load the weight files of this variant, such as bf16.")
     max_sequence_length: int = flag(512, "Truncate prompts to this many tokens, chat template included.", at_least=1)
 
@@ -240,61 +240,61 @@ class Config:
     image_column: str = flag("image", "Column of the dataset that contains the images.")
     caption_column: str | None = flag(None, "Column of the dataset that contains the captions.")
     repeats: int = flag(1, "Number of times each instance image is shown per epoch.", at_least=1)
-    resolution: int = flag(1024, "Side of the square images are cropped to, in pixels.", at_least=16, multiple_of=16)
-    use_aspect_ratio_buckets: bool = flag(False, "Buckets of about resolution x resolution pixels; never upscales.")
+    resolution: int = flag(1024, "Side of the square training crops, in pixels.", at_least=16, multiple_of=16)
+    use_aspect_ratio_buckets: bool = flag(False, "Keep aspect ratios, at most resolution^2 pixels; no upscaling.")
     aspect_ratio_buckets: str | None = flag(None, "Explicit buckets: 'height,width;height,width;...'.")
-    center_crop: bool = flag(False, "Crop the center instead of a new random position every time.")
-    random_flip: bool = flag(False, "Mirror half of the examples.")
-    with_prior_preservation: bool = flag(False, "Alternate with images of the class, so that it is not forgotten.")
-    class_data_dir: str | None = flag(None, "Folder with class images; missing ones are generated into it.")
+    center_crop: bool = flag(False, "Crop at the center instead of at a random position.")
+    random_flip: bool = flag(False, "Flip images horizontally with probability 0.5.")
+    with_prior_preservation: bool = flag(False, "Also train on class images, to preserve the model's prior.")
+    class_data_dir: str | None = flag(None, "Folder of class images; missing ones are generated there.")
     class_prompt: str | None = flag(None, "Prompt for the class images.")
     num_class_images: int = flag(100, "Generate class images until there are this many; all are used.", at_least=1)
-    sample_batch_size: int = flag(4, "Class images generated at a time, per process.", at_least=1)
-    prior_generation_precision: Literal["bf16", "fp32", "no", "fp16"] = flag("bf16", "For class images; no is fp32.")
+    sample_batch_size: int = flag(4, "Batch size for generating class images, per process.", at_least=1)
+    prior_generation_precision: Literal["bf16", "fp32", "no", "fp16"] = flag("bf16", "Class image precision; no=fp32.")
 
     cache_dir: str | None = flag(None, "Folder for downloads and encodings. Default: the Hugging Face home.")
-    cache_latents: bool = flag(False, "Encode every image once, then free the VAE; crops are centered.")
+    cache_latents: bool = flag(False, "Encode images once, then free the VAE; implies center crops.")
 
-    rank: int = flag(16, "Rank r of the update matrices.", at_least=1)
-    lora_alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: rank.", above=0)
-    lora_dropout: float = flag(0.0, "Dropout probability for the inputs of the update.", at_least=0, below=1)
+    rank: int = flag(16, "Rank of the LoRA matrices.", at_least=1)
+    lora_alpha: float | None = flag(None, "The LoRA is scaled by alpha / rank. Default: rank.", above=0)
+    lora_dropout: float = flag(0.0, "Dropout probability for the LoRA inputs.", at_least=0, below=1)
     lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, names, or blocks.")
 
     weighting_scheme: Weighting = flag("logit_normal", "How noise levels are sampled or weighted; none is uniform.")
     logit_mean: float = flag(0.0, "Mean for logit_normal; above 0 means more noise.")
     logit_std: float = flag(1.0, "Standard deviation for logit_normal.", above=0)
-    mode_scale: float = flag(1.29, "Scale for mode.")
+    mode_scale: float = flag(1.29, "Scale for weighting scheme mode.")
     timestep_shift: str = flag("1", "Shift s of noise levels, s x / (1 + (s - 1) x); 'scheduler' uses the model's.")
     prior_loss_weight: float = flag(1.0, "Weight of a class image relative to an instance image.", at_least=0)
 
-    optimizer: Literal["adamw", "prodigy"] = flag("adamw", "Optimizer, in any case; prodigy needs --learning_rate 1.")
+    optimizer: Literal["adamw", "prodigy"] = flag("adamw", "Optimizer; use --learning_rate 1 with prodigy.")
     learning_rate: float = flag(1e-4, "Learning rate after the warmup.", above=0, below=1e6)
     scale_lr: bool = flag(False, "Multiply the learning rate by batch size x processes x accumulation steps.")
-    use_8bit_adam: bool = flag(False, "Use bitsandbytes AdamW with an 8-bit state; not for Prodigy.")
+    use_8bit_adam: bool = flag(False, "Use 8-bit AdamW from bitsandbytes; not for Prodigy.")
     adam_beta1: float = flag(0.9, "Decay of the first moment, also for Prodigy.", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "Decay of the second moment, also for Prodigy.", at_least=0, below=1)
     adam_weight_decay: float = flag(1e-4, "Weight decay, also for Prodigy.", at_least=0)
-    adam_epsilon: float = flag(1e-8, "Added to the denominator, also for Prodigy.", above=0)
+    adam_epsilon: float = flag(1e-8, "Epsilon of the denominator, also for Prodigy.", above=0)
     prodigy_beta3: float | None = flag(None, "Decay of Prodigy's estimate. Default: sqrt(beta2).", at_least=0, below=1)
     prodigy_decouple: bool = flag(True, "Use decoupled weight decay in Prodigy.")
     prodigy_use_bias_correction: bool = flag(True, "Use Adam's bias correction in Prodigy.")
     prodigy_safeguard_warmup: bool = flag(True, "Keep the warmup from distorting Prodigy's estimate.")
     max_grad_norm: float = flag(1.0, "Clip gradients to this norm.", above=0)
     lr_scheduler: LrScheduler = flag("constant", "Learning rate schedule, as in diffusers.")
-    lr_warmup_steps: int = flag(0, "Optimizer steps to the full learning rate, if the schedule warms up.", at_least=0)
-    lr_num_cycles: int = flag(1, "Cycles for cosine_with_restarts.", at_least=1)
+    lr_warmup_steps: int = flag(0, "Warmup in optimizer steps, for schedules with a warmup.", at_least=0)
+    lr_num_cycles: int = flag(1, "Number of cycles for cosine_with_restarts.", at_least=1)
     lr_power: float = flag(1.0, "Power for polynomial.")
     lr_step_rules: str | None = flag(None, "For piecewise_constant: 'factor:until_step,...,factor', as in 1:100,0.1.")
-    text_encoder_lr: float | None = flag(None, "Accepted for old commands; has no effect.")
-    adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for old commands; has no effect.")
+    text_encoder_lr: float | None = flag(None, "Accepted for compatibility; has no effect.")
+    adam_weight_decay_text_encoder: float | None = flag(None, "Accepted for compatibility; has no effect.")
 
     seed: int = flag(0, "Seed for every random choice.", at_least=0, below=2**32)
-    max_train_steps: int | None = flag(None, "Optimizer steps. Default: 1500, or what the epochs need.", at_least=1)
-    num_train_epochs: int | None = flag(None, "Number of epochs; each shows every sample once.", at_least=1)
-    train_batch_size: int = flag(1, "Images per process in one forward pass.", at_least=1)
-    gradient_accumulation_steps: int = flag(1, "Passes per optimizer step.", "--gradient_accumulation", at_least=1)
+    max_train_steps: int | None = flag(None, "Optimizer steps. Default: from the epochs, else 1500.", at_least=1)
+    num_train_epochs: int | None = flag(None, "Epochs; each shows every instance image --repeats times.", at_least=1)
+    train_batch_size: int = flag(1, "Batch size per process.", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "Micro-batches per step.", "--gradient_accumulation", at_least=1)
     gradient_checkpointing: bool = flag(False, "Recompute activations: much less memory, up to twice the time.")
-    mixed_precision: Precision = flag("bf16", "Precision of the frozen weights and the math; no is fp32.")
+    mixed_precision: Precision = flag("bf16", "Precision of frozen weights and compute; no=fp32.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step always gets one.", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Keep only this many of the newest checkpoints.", at_least=1)
     checkpointing_minutes: float | None = flag(None, "Also save a checkpoint after this many minutes.", above=0)
@@ -302,43 +302,43 @@ class Config:
     resume_from_checkpoint: str | None = flag(None, "Resume from 'latest' or from a checkpoint folder.")
     resume_anyway: bool = flag(False, "Resume even if data or settings differ from the checkpoint's.")
     on_nan: Literal["stop", "skip"] = flag("stop", "If loss or gradient is not finite: stop, or skip the step.")
-    local_rank: int | None = flag(None, "Accepted for old commands; has no effect.")
+    local_rank: int | None = flag(None, "Accepted for compatibility; has no effect.")
 
     quantization: Storage | None = flag(None, "Store frozen weights in 8 or 4 bits; compute in --mixed_precision.")
     do_fp8_training: bool = flag(False, "Store and multiply weights in fp8; needs compute capability 8.9 or higher.")
     bnb_quantization_config_path: str | None = flag(None, "JSON file with a bitsandbytes configuration, 4 or 8 bits.")
-    offload: bool = flag(False, "Keep text encoder and VAE in host memory; on the GPU only while in use.")
+    offload: bool = flag(False, "Keep text encoder and VAE in CPU memory while not in use.")
     attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, flash, flex, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
-    allow_tf32: bool = flag(False, "Use TF32 for fp32 products on Ampere and later.")
-    dataloader_num_workers: int = flag(0, "Processes that load images or latents; 0 is the main one.", at_least=0)
-    fsdp_text_encoder: bool = flag(False, "Accepted for old commands; has no effect.")
+    allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
+    dataloader_num_workers: int = flag(0, "Data loading processes; 0 loads in the main process.", at_least=0)
+    fsdp_text_encoder: bool = flag(False, "Accepted for compatibility; has no effect.")
 
-    validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted: images before, during, and after.")
-    final_validation_prompt: str | None = flag(None, "Prompt for images after training; --validation_prompt wins.")
+    validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted, for images throughout training.")
+    final_validation_prompt: str | None = flag(None, "Prompt for final images; --validation_prompt overrides it.")
     num_validation_images: int = flag(4, "Images per prompt.", at_least=1)
     validation_epochs: int = flag(50, "Epochs between validations.", at_least=1)
     validation_steps: int | None = flag(None, "Steps between validations; replaces --validation_epochs.", at_least=1)
-    guidance_scale: float = flag(4.0, "Classifier-free guidance; 0 turns it off, as Turbo requires.", at_least=0)
+    guidance_scale: float = flag(4.0, "Guidance scale; 0 turns it off, as Z-Image-Turbo requires.", at_least=0)
     negative_prompt: str = flag("", "Negative prompt for guidance.")
     num_inference_steps: int = flag(28, "Denoising steps per image.", at_least=1)
-    validation_resolution: int | None = flag(None, "Default: --resolution.", at_least=16, multiple_of=16)
+    validation_resolution: int | None = flag(None, "Image side. Default: --resolution.", at_least=16, multiple_of=16)
     skip_final_inference: bool = flag(False, "Generate no images after the last step.")
 
     output_dir: str = flag("z-image-dreambooth-lora", "Folder for the LoRA, checkpoints, images, and metrics.")
-    overwrite_output_dir: bool = flag(False, "Remove what an earlier run of this script left in --output_dir.")
-    upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of the training precision.")
+    overwrite_output_dir: bool = flag(False, "Delete the files of an earlier run in --output_dir.")
+    upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of --mixed_precision.")
     logging_dir: str = flag("logs", "Folder for tracker files, inside --output_dir unless absolute.")
     report_to: str = flag("none", "Accelerate trackers, separated by commas: wandb, tensorboard, ...; or all.")
-    push_to_hub: bool = flag(False, "Upload LoRA, card, images, and config.json to the Hub after training.")
-    hub_model_id: str | None = flag(None, "Repository to upload to. Default: your account, name of --output_dir.")
+    push_to_hub: bool = flag(False, "Upload LoRA, card, validation images, and config.json to the Hub.")
+    hub_model_id: str | None = flag(None, "Repository to upload to. Default: the name of --output_dir.")
     hub_token: str | None = flag(None, "Hub token. Default: that of `hf auth login` or HF_TOKEN.", is_secret=True)
     hub_private_repo: bool = flag(False, "Make the repository private if it is new.")
     demo: bool = flag(False, "Train a tiny random model on generated images, both created in --output_dir.")
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Reject what cannot work, naming the flags, before anything is loaded."""
+        """Reject invalid settings, naming the flags, before anything is loaded."""
         for sentence in itertools.chain(misfits(self), contradictions(self)):
             raise UserError(sentence)
 
@@ -349,7 +349,7 @@ class Config:
 
     @property
     def has_8bit_state(self) -> bool:
-        """Tell whether `--use_8bit_adam` takes effect: Prodigy has no 8-bit form."""
+        """Return whether `--use_8bit_adam` takes effect: Prodigy has no 8-bit version."""
         return self.use_8bit_adam and self.optimizer == "adamw"
 
     @property
@@ -359,7 +359,7 @@ class Config:
 
     @property
     def training_side(self) -> int:
-        """Return the side of a square image as large as the training images, in pixels."""
+        """Return the side in pixels of a square with the area of the largest bucket."""
         areas = [height * width for height, width in parse_buckets(self.aspect_ratio_buckets)]
         return math.isqrt(max(areas)) // 16 * 16 if areas else self.resolution
 
@@ -387,7 +387,7 @@ class Config:
 
 
 def misfits(cfg: Config) -> Iterator[str]:
-    """Yield a sentence for every value outside the type or the bounds of its flag."""
+    """Yield a sentence for every value of the wrong type or out of bounds."""
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(cfg):
         value, hint = getattr(cfg, field.name), hints[field.name]
@@ -404,16 +404,15 @@ def misfits(cfg: Config) -> Iterator[str]:
 
 
 def contradictions(cfg: Config) -> Iterator[str]:
-    """Yield a sentence for every combination of values that cannot work."""
+    """Yield a sentence for every invalid combination of values."""
     if cfg.pretrained_model_name_or_path is None:
-        example = "a folder or a Hub name such as Tongyi-MAI/Z-Image (or try --demo, which needs none)"
-        yield f"--pretrained_model_name_or_path is required: {example}"
+        yield "--pretrained_model_name_or_path is required: a folder, a Hub name such as Tongyi-MAI/Z-Image, or --demo"
     if (cfg.instance_data_dir is None) == (cfg.dataset_name is None):
-        yield "the images come from --instance_data_dir or from --dataset_name; give exactly one of them"
+        yield "give exactly one of --instance_data_dir and --dataset_name"
     if cfg.caption_column is not None and cfg.dataset_name is None:
         yield "--caption_column requires --dataset_name; in a folder, use NAME.txt files or metadata.jsonl"
     if cfg.with_prior_preservation and None in (cfg.class_data_dir, cfg.class_prompt):
-        yield '--with_prior_preservation needs --class_data_dir and --class_prompt ("a photo of dog")'
+        yield '--with_prior_preservation requires --class_data_dir and --class_prompt ("a photo of a dog")'
     for name in ("mixed_precision", "prior_generation_precision"):
         if getattr(cfg, name) == "fp16":
             yield NO_FP16.format(f"--{name}")
@@ -424,10 +423,9 @@ def contradictions(cfg: Config) -> Iterator[str]:
     if cfg.timestep_shift != "scheduler" and (shift is None or float(shift[0]) == 0):
         yield f"--timestep_shift accepts a number above 0 or 'scheduler', got {cfg.timestep_shift!r}"
     if (cfg.lr_scheduler == "piecewise_constant") != (cfg.lr_step_rules is not None):
-        yield "--lr_scheduler piecewise_constant and --lr_step_rules require each other"
+        yield "--lr_scheduler piecewise_constant and --lr_step_rules must be used together"
     if not re.fullmatch(r"(\d{1,9}(\.\d+)?:\d{1,9},)*\d{1,9}(\.\d+)?", cfg.lr_step_rules or "1"):
-        form = "'factor:until_step,...,factor', such as 1:100,0.1"
-        yield f"--lr_step_rules must have the form {form}; got {cfg.lr_step_rules!r}"
+        yield f"--lr_step_rules must be factor:until_step,...,factor, as in 1:100,0.1; got {cfg.lr_step_rules!r}"
     if cfg.lr_scheduler == "polynomial" and cfg.learning_rate <= 1e-7:
         yield "--lr_scheduler polynomial decays to 1e-7; --learning_rate must be above that"
     formats = ("quantization", "do_fp8_training", "bnb_quantization_config_path")
@@ -435,13 +433,13 @@ def contradictions(cfg: Config) -> Iterator[str]:
     if len(given) > 1:
         yield f"{' and '.join(given)} set the format of the same weights; give only one of them"
     if cfg.enable_npu_flash_attention and cfg.attention_backend not in ("native", cfg.attention):
-        yield f"--enable_npu_flash_attention contradicts --attention_backend {cfg.attention_backend}"
+        yield f"--enable_npu_flash_attention conflicts with --attention_backend {cfg.attention_backend}"
     if cfg.hub_token is not None and not re.fullmatch(r"[!-~]+", cfg.hub_token):
-        yield "--hub_token contains a line break, a space, or a letter that no token has; copy it again"
+        yield "--hub_token contains whitespace or an invalid character; copy it again"
     if cfg.push_to_hub and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", cfg.repository, re.A):
         yield f"--hub_model_id {cfg.repository} is not a valid repository name; use one such as user/my-lora"
     if cfg.overwrite_output_dir and cfg.resume_from_checkpoint is not None:
-        yield "--overwrite_output_dir would remove what --resume_from_checkpoint resumes; give only one of them"
+        yield "--overwrite_output_dir would delete what --resume_from_checkpoint resumes; give only one of them"
 
 
 def parse_buckets(text: str | None) -> list[tuple[int, int]]:
@@ -469,7 +467,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def is_text(value: str) -> bool:
-    """Tell whether a string can be encoded as UTF-8; a shell passes other bytes on as lone surrogates."""
+    """Tell whether a string can be encoded as UTF-8; Python decodes other bytes to lone surrogates."""
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
 
 
@@ -481,7 +479,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", type=Path, help="JSON of settings, such as a run's config.json")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="JSON file with settings, such as config.json")
     hints, group = typing.get_type_hints(Config), parser
     for field in dataclasses.fields(Config):
         group = parser.add_argument_group(HEADINGS[field.name]) if field.name in HEADINGS else group
@@ -534,7 +532,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def demo_settings(output_dir: str) -> dict[str, Any]:
-    """List the settings of `--demo`; flags given with it win."""
+    """Return the settings of `--demo`; other flags override them."""
     return {
         "demo": True, "output_dir": output_dir, "pretrained_model_name_or_path": f"{output_dir}/demo-model",
         "instance_data_dir": f"{output_dir}/demo-images", "cache_dir": f"{output_dir}/demo-cache",
@@ -546,11 +544,11 @@ def demo_settings(output_dir: str) -> dict[str, Any]:
 
 
 def advice(cfg: Config) -> Iterator[str]:
-    """Yield a line for every setting that has no effect, or not the one its name suggests."""
+    """Yield a line for every setting that has no effect or an unexpected one."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank"):
         if getattr(cfg, name) is not None:
-            yield f"--{name} is accepted for old commands and has no effect"
+            yield f"--{name} is accepted for compatibility and has no effect"
     if cfg.fsdp_text_encoder:
         yield "--fsdp_text_encoder has no effect: the text encoder is freed before training"
     if cfg.has_8bit_state:
@@ -566,21 +564,21 @@ def advice(cfg: Config) -> Iterator[str]:
     if cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"):
         yield f"--lr_warmup_steps has no effect with --lr_scheduler {cfg.lr_scheduler}; use constant_with_warmup"
     elif cfg.lr_warmup_steps >= (cfg.max_train_steps or math.inf):
-        yield f"--lr_warmup_steps {cfg.lr_warmup_steps} covers the whole run: it never reaches the full learning rate"
+        yield f"--lr_warmup_steps {cfg.lr_warmup_steps} covers the whole run; the full rate is never reached"
     if cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1:
-        yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which scales it by its estimate; use 1.0"
+        yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which multiplies it by its estimate; use 1.0"
     if not cfg.with_prior_preservation and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
         yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
     if cfg.validation_prompt is not None and cfg.final_validation_prompt is not None:
         yield "--final_validation_prompt has no effect with --validation_prompt"
     if cfg.cache_latents:
-        yield "--cache_latents: every image is cropped at its center" + ", with its mirror image" * cfg.random_flip
+        yield "--cache_latents: images are center-cropped" + ", and flipped copies are cached" * cfg.random_flip
     if launcher not in ("no", cfg.mixed_precision):
         yield f"--mixed_precision {cfg.mixed_precision} overrides {launcher} in the accelerate configuration"
 
 
 def is_on(variable: str) -> bool:
-    """Tell whether an environment variable, which is how accelerate passes on its configuration, is true."""
+    """Return whether an environment variable, as accelerate sets them, is true."""
     return os.environ.get(variable, "false").lower() == "true"
 
 
@@ -627,7 +625,7 @@ class Sample:
 
 
 class Example(NamedTuple):
-    """One element of the endless stream: its position there, and the index of the sample it shows."""
+    """One element of the endless stream: its position, and the index of its sample."""
 
     number: int
     sample: int
@@ -635,7 +633,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The numbers that follow from config, data, and the number of processes; a step is one optimizer step."""
+    """The batch sizes and intervals of a run; a step is one optimizer step."""
 
     micro_batch: int  # images in one forward pass of all processes
     total_batch: int  # images in one step
@@ -645,7 +643,7 @@ class Schedule:
     first_step: int  # the checkpoint's, else 0
 
     def is_validation_step(self, step: int) -> bool:
-        """Tell whether images are due after `step` steps: at the start, and whenever an interval is complete."""
+        """Return whether to validate after `step` steps: at the start, and after every interval."""
         done, before = (n * self.total_batch // self.validation_interval for n in (step, step - 1))
         return step < self.max_train_steps and (step == 0 or done > before)
 
@@ -669,7 +667,7 @@ def read_metadata(file: Path, images: set[Path]) -> dict[Path, str]:
         with explained(f'{place} is not a JSON object with "file_name"', "fix or remove the line"):
             row = json.loads(line)
             image = Path(os.path.normpath(file.parent / row["file_name"]))
-        require(image in images, f"{place} names {row['file_name']}, which is not an image there; fix the line")
+        require(image in images, f"{place} lists {row['file_name']}, which is not an image there; fix the line")
         caption = next((row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None), None)
         if caption is not None:
             is_caption = isinstance(caption, str) and is_text(caption)
@@ -705,7 +703,7 @@ def load_image(path: Path) -> Image.Image:
 
 
 def cache_file(folder: Path, kind: str, *ingredients: Any) -> Path:
-    """Name a cache file after everything its content depends on, so that changed ingredients cannot hit."""
+    """Name a cache file by a hash of its inputs, so that changed inputs miss the cache."""
     return folder / kind / sha256(json.dumps(ingredients).encode())
 
 
@@ -751,7 +749,7 @@ def choose_bucket(size: tuple[int, int], cfg: Config) -> tuple[int, int] | None:
 
 
 def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -> list[Sample]:
-    """Turn the images below a folder into samples and name what is skipped. Raises UserError for a bad caption."""
+    """Make samples from the images in a folder; report skipped files. Raises UserError for a bad caption."""
     files, samples = find_files(Path(os.path.normpath(folder))), []
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
     images = [path for path in images if path.is_file()]  # reading a FIFO would never end
@@ -774,7 +772,7 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
             continue
         caption = read_caption(path, captions)
         text = prompt if caption is None else caption
-        column = ", or name the dataset's captions with --caption_column" * (cfg.dataset_name is not None)
+        column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
         samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest))
     return samples
@@ -784,7 +782,7 @@ def plan_samples(cfg: Config) -> list[Sample]:
     """Decide which images the run uses, and how. Raises UserError if there are no instance images."""
     folder = Path(cfg.instance_data_dir) if cfg.dataset_name is None else export_dataset(cfg)
     origin = f"--instance_data_dir {folder}" if cfg.dataset_name is None else f"--dataset_name {cfg.dataset_name}"
-    require(folder.is_dir(), f"{origin} does not exist or is not a folder; name the folder with your images")
+    require(folder.is_dir(), f"{origin} does not exist or is not a folder; specify the folder with your images")
     samples = scan_images(folder, cfg.instance_prompt, False, cfg)
     kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
     require(bool(samples), f"{origin} contains no usable image; add some: {kinds}")
@@ -803,21 +801,21 @@ def plan_class_images(cfg: Config) -> list[Sample]:
 
 
 def export_dataset(cfg: Config) -> Path:
-    """Write the images and captions of `--dataset_name` to a folder: everything else here only knows folders."""
+    """Write the images and captions of `--dataset_name` to a folder, the only source the rest reads."""
     import datasets
 
     cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
     with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded"):
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
     split = next(iter(splits)) if len(splits) == 1 else "train"
-    require(split in splits, f"--dataset_name {cfg.dataset_name} has no split train, only {', '.join(splits)}")
+    require(split in splits, f"--dataset_name {cfg.dataset_name} has no train split, only {', '.join(splits)}")
     table = splits[split]
     for name in ("image_column", "caption_column"):
         is_there, columns = getattr(cfg, name) in (None, *table.column_names), ", ".join(table.column_names)
         require(is_there, f"--{name} {getattr(cfg, name)} is not a column of the dataset, which has {columns}")
     texts = [name for name, feature in table.features.items() if getattr(feature, "dtype", None) == "string"]
     if texts and cfg.caption_column is None:
-        say(f"--dataset_name: captions are not used; --caption_column takes them from {' or '.join(texts)}")
+        say(f"--dataset_name: captions are not used; to use them, set --caption_column to {' or '.join(texts)}")
     with explained(f"--image_column {cfg.image_column} does not contain images"):
         images = table.cast_column(cfg.image_column, datasets.Image(decode=False))[cfg.image_column]
         contents = [image["bytes"] or Path(image["path"]).read_bytes() for image in images]
@@ -849,7 +847,7 @@ def example_stream(samples: list[Sample], cfg: Config) -> Iterator[Example]:
 
 
 def micro_batches(samples: list[Sample], cfg: Config, size: int) -> Iterator[list[Example]]:
-    """Group the stream into batches of one bucket each: a queue per bucket, which leaves when it is `size` long."""
+    """Group the stream into batches of one bucket each: yield a bucket's queue when it holds `size` examples."""
     queues: dict[tuple[int, int], list[Example]] = collections.defaultdict(list)
     for example in example_stream(samples, cfg):
         queue = queues[samples[example.sample].bucket]
@@ -860,7 +858,7 @@ def micro_batches(samples: list[Sample], cfg: Config, size: int) -> Iterator[lis
 
 
 def make_schedule(cfg: Config, samples: list[Sample], num_processes: int = 1, first_step: int = 0) -> Schedule:
-    """Compute the numbers of the run, once."""
+    """Compute the schedule of the run."""
     micro_batch = cfg.train_batch_size * num_processes
     total_batch = micro_batch * cfg.gradient_accumulation_steps
     instances = sum(not sample.is_prior for sample in samples) * cfg.repeats
@@ -884,19 +882,19 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
     """Describe the run as lines of a table. Raises UserError for a bucket that would never be trained."""
     views, size = count_views(samples, cfg, schedule), schedule.micro_batch
     first, last = schedule.first_step, schedule.max_train_steps
-    require(first <= last, f"the checkpoint is at step {first} already; --max_train_steps must be at least that")
+    require(first <= last, f"the checkpoint is already at step {first}; --max_train_steps must not be lower")
     examples, kinds = last * schedule.total_batch, collections.Counter(sample.is_prior for sample in samples)
     shown = examples // (2 if cfg.with_prior_preservation else 1)  # instance images, and as many class images
     is_short = {False: shown < kinds[False] * cfg.repeats, True: shown < kinds[True]}
     table, notes = "{:>12} {:>9} {:>9} {:>12} {:>8} {:>13} {:>15}", []
-    lines = [table.format("bucket", "images", "of class", "own caption", "repeats", "times seen", "smallest file")]
+    lines = [table.format("bucket", "images", "class", "captioned", "repeats", "times seen", "smallest image")]
     for bucket in sorted({sample.bucket for sample in samples}):
         members = [sample for sample in samples if sample.bucket == bucket]
         counts = [views[index] for index, sample in enumerate(samples) if sample.bucket == bucket]
         name, names = f"{bucket[0]} x {bucket[1]}", ", ".join(str(sample.path) for sample in members[:5])
         require(
             max(counts) > 0 or all(is_short[member.is_prior] for member in members),
-            f"bucket {name} never fills a batch of {size} in this run, so {names} would not be trained; lower "
+            f"bucket {name} never fills a batch of {size} in this run, so {names} would not be used; lower "
             "--train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer",
         )
         seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
@@ -921,7 +919,7 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
 
 
 def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
-    """Describe how many images are generated, and their share of the work, in forward passes per pixel."""
+    """Describe how many images are generated, and their share of the work, in forward passes x pixels."""
     steps = range(schedule.first_step + (schedule.first_step > 0), schedule.max_train_steps)
     times = sum(map(schedule.is_validation_step, steps)) if cfg.validation_prompt else 0
     times += bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
@@ -933,7 +931,7 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
     sampling = times * images * each * side**2
     cost = 3 if cfg.gradient_checkpointing else 2  # forward, backward to the inputs only, forward again
     training = (schedule.max_train_steps - schedule.first_step) * schedule.total_batch * area * cost
-    generating = f"to be generated first: {missing} class images, {missing * each:,} forward passes"
+    generating = f"class images to generate first: {missing}, in {missing * each:,} forward passes"
     line = (
         f"validation: {times} x {images} images of {side} x {side}, {cfg.num_inference_steps} steps each"
         f"{', twice for guidance' * bool(cfg.guidance_scale)} = {times * images * each:,} forward passes, about "
@@ -946,7 +944,7 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
 # Checks
 # =====================================================================================================================
 
-LORA_FILE, STATE_FILE = "pytorch_lora_weights.safetensors", "state.safetensors"
+LORA_FILE, STATE_FILE, OLD_FILE = "pytorch_lora_weights.safetensors", "state.safetensors", "manifest.json"
 RUN_FILES = (LORA_FILE, "config.json", "metrics.jsonl", "README.md")
 COMPONENTS = {
     "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
@@ -970,20 +968,15 @@ class Plan(NamedTuple):
     checkpoint: Checkpoint | None
 
 
-def is_old_checkpoint(path: Path) -> bool:
-    """Tell whether a folder is a checkpoint in the format of earlier versions, of four files and a manifest."""
-    return any((path / name).is_file() for name in ("manifest.json", "lora.safetensors", "state.json"))
-
-
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoints of a run, intact or not, oldest first; folders of other programs are left alone."""
+    """List the checkpoints of a run, intact or not, oldest first; folders of other programs are ignored."""
     named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    ours = [path for path in named if (path / STATE_FILE).is_file() or is_old_checkpoint(path)]
-    return sorted(ours, key=lambda path: int(path.name[11:]))
+    ours = [path for path in named if (path / STATE_FILE).is_file() or (path / OLD_FILE).is_file()]
+    return sorted((path for path in ours if not path.is_symlink()), key=lambda path: int(path.name[11:]))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read a checkpoint; None if its state differs from what was written, or its step from what its name says."""
+    """Read a checkpoint; None if its state is damaged, or its step does not match its name."""
     try:
         state = json.loads((read_sealed(folder / STATE_FILE) or {})["state"])
         step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -1000,13 +993,13 @@ def find_checkpoint(cfg: Config) -> Checkpoint | None:
         return None
     found = list_checkpoints(output) if name == "latest" else [Path(name), output / name]
     found = [path for path in found if os.path.isdir(path)]
-    require(bool(found), f"--resume_from_checkpoint {name} is not a folder; name a checkpoint-N folder, or 'latest'")
+    require(bool(found), f"--resume_from_checkpoint {name} is not a folder; use a checkpoint-N folder or 'latest'")
     intact = next(filter(None, map(read_checkpoint, reversed(found))), None)
-    is_old = f"{found[-1]} was saved by an earlier version of this script; finish that run with the earlier version"
-    problem = f"{found[-1]} is damaged or not a checkpoint of this script{', like all here' * (name == 'latest')}"
-    problem = is_old if is_old_checkpoint(found[-1]) else f"{problem}; name another one"
-    remedy = "or start over with --overwrite_output_dir"
-    require(intact is not None, f"--resume_from_checkpoint {name}: {problem}, {remedy}")
+    what = "is damaged or not a checkpoint of this script; choose another"
+    if (found[-1] / OLD_FILE).is_file():
+        what = "was saved by an earlier version of this script; finish that run with the earlier version"
+    sentence = f"--resume_from_checkpoint {name}: {found[-1]} {what}, or start over with --overwrite_output_dir"
+    require(intact is not None, sentence)
     return intact
 
 
@@ -1024,7 +1017,7 @@ def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
     output = Path(cfg.output_dir)
     for path in (output, *output.parents):
         is_folder = not os.path.lexists(path) or path.is_dir()
-        require(is_folder, f"--output_dir {output}: {path} is not a folder; name another one")
+        require(is_folder, f"--output_dir {output}: {path} is not a folder; choose another")
     settings, checkpoints = read_own_config(output), list_checkpoints(output)
     present = [name for name in RUN_FILES if os.path.lexists(output / name)]
     foreign = [] if settings or checkpoints else present
@@ -1032,8 +1025,8 @@ def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
         if re.fullmatch(r"checkpoint-\d+", path.name) and path not in checkpoints:
             is_half = path.is_dir() and {file.name for file in path.glob("[!.]*")} <= {LORA_FILE}  # a run was killed
             foreign += [] if is_half else [path.name]
-    remedy = "which this script did not write; name another folder"
-    require(not foreign, f"--output_dir {output} contains {', '.join(foreign)}, {remedy}")
+    names = ", ".join(foreign)
+    require(not foreign, f"--output_dir {output} contains {names}, not written by this script; choose another")
     has_steps = "metrics.jsonl" in present and (output / "metrics.jsonl").stat().st_size > 0
     is_begun = bool(checkpoints) or LORA_FILE in present or (has_steps and cfg.resume_from_checkpoint != "latest")
     is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
@@ -1041,23 +1034,23 @@ def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
     require(
         is_resumed or is_demo or cfg.overwrite_output_dir or not is_begun,
         f"--output_dir {output} contains another run; resume it with --resume_from_checkpoint latest, replace it with "
-        "--overwrite_output_dir, or name another folder",
+        "--overwrite_output_dir, or choose another folder",
     )
 
 
 def check_nesting(cfg: Config) -> None:
-    """Reject folders inside an image folder, where the images that this script makes would be trained on as well."""
+    """Reject folders inside an image folder, because generated images there would be trained on."""
     names = ("instance_data_dir", "dataset_name", "class_data_dir", "output_dir", "cache_dir")
     folders = {name: Path(getattr(cfg, name)).resolve() for name in names if getattr(cfg, name) is not None}
     folders["logging_dir"] = Path(cfg.output_dir, cfg.logging_dir).resolve()  # wandb copies validation images
     for (outer, above), (inner, below) in itertools.permutations(folders.items(), 2):
         is_source = outer in names[:3] and (above.is_dir() or outer == "class_data_dir")
-        remedy = "all of whose images are trained on; name a folder outside it"
+        remedy = "where every image is trained on; choose a folder outside it"
         require(not (is_source and below.is_relative_to(above)), f"--{inner} is inside --{outer} {above}, {remedy}")
 
 
 def hold_output(output: Path) -> contextlib.AbstractContextManager[Any]:
-    """Hold the output folder, on the first process. Raises UserError if another run holds it; a dead one does not."""
+    """Lock the output folder, on the main process. Raises UserError if another live run holds the lock."""
     if os.environ.get("RANK", "0") != "0":
         return contextlib.nullcontext()
     holder = output / ".lock-holder"
@@ -1065,7 +1058,7 @@ def hold_output(output: Path) -> contextlib.AbstractContextManager[Any]:
         held = FileLock(output / ".lock", blocking=False).acquire()
     except Timeout as error:
         who = read_text(holder) if holder.is_file() else "another process"
-        raise UserError(f"--output_dir {output} is in use by {who}; wait for it, or name another folder") from error
+        raise UserError(f"--output_dir {output} is in use by {who}; wait for it, or choose another folder") from error
     write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return held
 
@@ -1090,13 +1083,13 @@ def is_complete(path: Path) -> bool:
 
 
 def check_components(model: Path, variant: str | None) -> None:
-    """Reject a model folder in which a component, a shard, or the end of a file is missing, and name it."""
+    """Reject an incomplete model folder, naming the missing component or shard, or the truncated file."""
     advice = "--pretrained_model_name_or_path needs a complete folder in diffusers format, or a Hub name"
     for component, file in COMPONENTS.items():
         require((model / component / file).is_file(), f"{model} has no {component}/{file}; {advice}")
         weights = weight_files(model / component, variant)
         names = ", ".join(sorted(path.name for path in (model / component).glob("*.safetensors")))
-        wanted = f"of --variant {variant}, only {names or 'none'}" if variant else f"(*.safetensors); {advice}"
+        wanted = f"for --variant {variant}, only {names or 'none'}" if variant else f"(*.safetensors); {advice}"
         require(bool(weights) or file != "config.json", f"{model}/{component} has no weights {wanted}")
         for path in weights:
             require(is_complete(path), f"{path} is damaged or not fully downloaded; {advice}")
@@ -1105,7 +1098,7 @@ def check_components(model: Path, variant: str | None) -> None:
             is_index = path.match(f"*.index.{variant}.json") if variant else is_index
             shards = set(content["weight_map"].values()) if is_index else set()
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
-            require(not missing, f"{model}/{component} lacks {', '.join(missing)}; {advice}")
+            require(not missing, f"{model}/{component} is missing {', '.join(missing)}; {advice}")
     vocabularies = [model / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
     require(any(path.is_file() for path in vocabularies), f"{model}/tokenizer has no tokenizer.json; {advice}")
 
@@ -1135,7 +1128,7 @@ def check_packages(cfg: Config) -> None:
 
 
 def check_launch(cfg: Config) -> None:
-    """Reject what the accelerate configuration requests and this script, or Z-Image, cannot do."""
+    """Reject accelerate settings that this script or Z-Image does not support."""
     source = "accelerate configuration:"
     require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format(source))
     for name in ("USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_USE_REGIONAL_COMPILATION"):
@@ -1148,7 +1141,7 @@ def check_launch(cfg: Config) -> None:
     require(
         cfg.lora_dropout == 0 or not uses_fsdp_checkpointing(),
         "--lora_dropout would be sampled again when FSDP recomputes activations, which corrupts the gradient; "
-        "set fsdp_activation_checkpointing: false in the accelerate configuration, or leave the dropout out",
+        "set fsdp_activation_checkpointing: false in the accelerate configuration, or remove the flag",
     )
     unsharded = {
         "--quantization": cfg.quantization, "--do_fp8_training": cfg.do_fp8_training,
@@ -1156,7 +1149,7 @@ def check_launch(cfg: Config) -> None:
         "--use_8bit_adam": cfg.has_8bit_state, "--optimizer prodigy": cfg.optimizer == "prodigy",
     }  # fmt: skip
     names = ", ".join(name for name, is_given in unsharded.items() if is_given)
-    require(not names, f"FSDP cannot shard {names}; leave it out, or choose multi-GPU in accelerate config")
+    require(not names, f"FSDP does not support {names}; remove it, or select multi-GPU in accelerate config")
 
 
 def read_bnb_settings(cfg: Config) -> dict[str, Any]:
@@ -1171,7 +1164,7 @@ def read_bnb_settings(cfg: Config) -> dict[str, Any]:
 
 
 def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str, Any]:
-    """List what a checkpoint is bound to: the examples that come next, what is trained, and how it is measured."""
+    """List the settings and data that must not change when a run resumes from a checkpoint."""
     bound = (
         "seed", "rank", "lora_layers", "lora_dropout", "optimizer", "resolution", "repeats", "center_crop",
         "random_flip", "cache_latents", "max_sequence_length", "gradient_accumulation_steps", "mixed_precision",
@@ -1189,7 +1182,7 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
 
 
 def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any]) -> None:
-    """Refuse to resume with other data or settings than the checkpoint's, unless that is possible and intended."""
+    """Reject data or settings that differ from the checkpoint's, unless `--resume_anyway` allows it."""
     old = checkpoint.state["binding"]
     changed = {name: f"{name} {now} (was {old.get(name)})" for name, now in binding.items() if now != old.get(name)}
     if "images" in changed:
@@ -1198,14 +1191,14 @@ def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any
     is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
     require(
         not changed or (is_possible and cfg.resume_anyway),
-        f"{checkpoint.folder} was saved with other settings or data: {'; '.join(changed.values())}. Restore them"
+        f"{checkpoint.folder} was saved with different settings or data: {'; '.join(changed.values())}. Restore them"
         f"{', or add --resume_anyway if the change is intended' * is_possible}",
     )
     say(*(f"--resume_anyway: {change}" for change in changed.values()))
 
 
 def make_plan(cfg: Config) -> Plan:
-    """Decide what the run will do, and describe it. Raises UserError for what cannot work. Needs no torch."""
+    """Check the settings, then make and print the plan, without torch. Raises UserError if it cannot work."""
     check_launch(cfg)
     check_packages(cfg)
     read_bnb_settings(cfg)
@@ -1216,19 +1209,19 @@ def make_plan(cfg: Config) -> Plan:
     say(*advice(cfg))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with FileLock(cfg.encodings_folder / ".lock") if processes > 1 else contextlib.nullcontext():
-        samples = plan_samples(cfg)  # one process decodes new images, the others find their sizes
+        samples = plan_samples(cfg)  # one process decodes new images, the others read the sizes
     schedule = make_schedule(cfg, samples, processes, checkpoint.step if checkpoint else 0)
     say(*describe_plan(samples, cfg, schedule))
     return Plan(samples, schedule, checkpoint)
 
 
 def run_or_exit(conductor: Callable[..., Any], cfg: Config, *more: Any) -> Any:
-    """Run a part of the program; an error that the user can fix ends it with one sentence, not with a traceback."""
+    """Run part of the program; exit with one sentence, not a traceback, on an error that the user can fix."""
     try:
         return conductor(cfg, *more)
     except (UserError, FloatingPointError, OSError, Stopped) as error:  # OSError: disk full, no permission
         sentence, status = (str(error), 128 + error.number) if isinstance(error, Stopped) else (f"error: {error}", 2)
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError) or error.__cause__:  # perhaps its own
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError) or error.__cause__:  # may be local
             print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)
         if isinstance(error, Stopped):
             sys.stdout.flush()
@@ -1240,11 +1233,11 @@ RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when
 PARENT = os.getppid()  # before the imports, during which it may die
 if RUN_AS_SCRIPT:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside training, Ctrl-C ends without a traceback
-    CONFIG = parse_config()  # before the slow imports below: --help and a mistyped flag answer at once,
-    sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # (wandb records the arguments)
-    PLAN = None if CONFIG.demo else run_or_exit(make_plan, CONFIG)  # and so does a wrong folder
+    CONFIG = parse_config()  # before the slow imports, so that --help and mistyped flags respond at once
+    sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # wandb records them
+    PLAN = None if CONFIG.demo else run_or_exit(make_plan, CONFIG)  # also before the imports
 
-logging.disable(logging.WARNING)  # torchao and diffusers report kernels and tensors that nobody here asked for
+logging.disable(logging.WARNING)  # hide irrelevant import warnings from torchao and diffusers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -1284,7 +1277,7 @@ for library in (transformers.logging, diffusers_logging):
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 CENTER = (0.5, 0.5)
-ENCODING_VERSION = 2  # raise it when the same ingredients begin to give other encodings
+ENCODING_VERSION = 2  # increase it when the same inputs give different encodings
 
 
 class Batch(NamedTuple):
@@ -1298,7 +1291,7 @@ class Batch(NamedTuple):
 
 
 class Encodings(NamedTuple):
-    """The model that encodes, and the files of its encodings, named by a hash of everything they depend on."""
+    """The encoding model and its cache files, each named by a hash of its inputs."""
 
     cfg: Config
     model: Path
@@ -1320,7 +1313,7 @@ class Encodings(NamedTuple):
 
 
 def find_model(cfg: Config) -> Path:
-    """Resolve the model to a local folder; the first process of a machine downloads a Hub name."""
+    """Resolve the model to a local folder; the first process of each machine downloads it."""
     name = cfg.pretrained_model_name_or_path
     if Path(name).is_dir():
         return Path(name)
@@ -1349,7 +1342,7 @@ def fingerprint(path: Path) -> str:
 
 
 def identify(model: Path, variant: str | None) -> dict[str, str]:
-    """Hash the files that are read of each component of the model."""
+    """Hash the files from which each component of the model is loaded."""
     contents = {}
     for name in COMPONENTS:
         files = [path for path in sorted((model / name).glob("[!.]*")) if path.suffix in (".json", ".jinja", ".txt")]
@@ -1360,7 +1353,7 @@ def identify(model: Path, variant: str | None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a model to a device while it is used, then back to where it lives."""
+    """Move a model to a device while it is used, then back."""
     origin = module.device
     module.to(device)
     try:
@@ -1370,7 +1363,7 @@ def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def reject_missing(names: list[str] | set[str], component: Path) -> None:
-    """Reject a component whose files lack weights, which libraries leave random or empty."""
+    """Reject a component with missing weights, which libraries leave random or empty."""
     require(not names, f"{component} has no weights for {', '.join(sorted(names)[:3])}; download it again")
 
 
@@ -1393,15 +1386,15 @@ def load_text_encoder(model: Path, cfg: Config) -> tuple[Any, nn.Module]:
 
 @torch.no_grad()
 def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str, max_sequence_length: int) -> Tensor:
-    """Encode one prompt at its true length, as `ZImagePipeline` does; says what is truncated. -> (L, 2560)"""
+    """Encode one prompt at its true length, as `ZImagePipeline` does; warn about truncation. -> (L, 2560)"""
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
     )
     tokens = tokenizer(chat).input_ids
     if len(tokens) > max_sequence_length:
         lost = tokenizer.decode(tokens[max_sequence_length:])[:200]
-        limit = f"--max_sequence_length {max_sequence_length} of {len(tokens)} tokens"
-        say(f"warning: {limit}; truncated: {lost!r}", everywhere=True)
+        limit = f"{len(tokens)} tokens exceeds --max_sequence_length {max_sequence_length}"
+        say(f"warning: a prompt of {limit}; cut off: {lost!r}", everywhere=True)
     input_ids = torch.tensor([tokens[:max_sequence_length]], device=text_encoder.device)  # (1, L)
     return text_encoder(input_ids=input_ids).last_hidden_state[0]
 
@@ -1424,14 +1417,14 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> T
 
 
 def sample_augmentation(cfg: Config, number: int) -> tuple[bool, tuple[float, float]]:
-    """Sample whether an example is mirrored, and where it is cropped: from the top left (0, 0) to (1, 1)."""
+    """Sample whether an example is flipped, and where it is cropped: from the top left (0, 0) to (1, 1)."""
     chance = random.Random(derive_seed(cfg.seed, "augmentation", number))
     is_flipped, centering = chance.random() < 0.5, (chance.random(), chance.random())
     return is_flipped and cfg.random_flip, CENTER if cfg.center_crop else centering
 
 
 def load_pixels(sample: Sample, is_flipped: bool, centering: tuple[float, float] = CENTER) -> Tensor:
-    """Load an image scaled to cover its bucket, cropped, and perhaps mirrored. -> (3, H, W) in [-1, 1]"""
+    """Load an image scaled to cover its bucket, cropped, and possibly flipped. -> (3, H, W) in [-1, 1]"""
     height, width = sample.bucket
     image = ImageOps.fit(load_image(sample.path), (width, height), Image.Resampling.LANCZOS, centering=centering)
     image = ImageOps.mirror(image) if is_flipped else image
@@ -1444,9 +1437,9 @@ def image_tensor(image: Image.Image) -> Tensor:
 
 
 def share_of(items: list[Any], is_even: bool = False) -> list[Any]:
-    """Take this process's share of the work, split over this machine only: another one may have its own disk."""
+    """Return this process's share of the work, split within the machine: others may have their own disks."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
-    if is_even:  # do some twice, so that all processes do equally many, as FSDP's forward passes require
+    if is_even:  # repeat some: FSDP needs equally many forward passes on every process
         items = list(itertools.islice(itertools.cycle(items), math.ceil(len(items) / processes) * processes))
     return items[PartialState().local_process_index :: processes]
 
@@ -1465,7 +1458,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def fill_prompts_cache(prompts: list[str], encodings: Encodings) -> None:
-    """Encode the prompts that are not on disk yet; the text encoder is loaded only for that, and freed again."""
+    """Encode the prompts that are not cached yet; load the text encoder only if needed, and free it."""
     mine = [prompt for prompt in share_of([*dict.fromkeys(prompts)]) if read_sealed(encodings.prompt(prompt)) is None]
     if mine:
         tokenizer, text_encoder = load_text_encoder(encodings.model, encodings.cfg)
@@ -1481,7 +1474,7 @@ def fill_prompts_cache(prompts: list[str], encodings: Encodings) -> None:
 
 
 def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
-    """Encode the images that are not on disk yet, mirror images included; the VAE is loaded only for that."""
+    """Encode the images that are not cached yet, and their flipped copies; load the VAE only if needed."""
     flips = (False, True) if encodings.cfg.random_flip else (False,)
     mine = share_of([*itertools.product(samples, flips)])
     mine = [job for job in mine if read_sealed(encodings.latents(*job)) is None]
@@ -1498,7 +1491,7 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave signals to the whole process group to the main process, which ends its workers when it is done."""
+    """Ignore stop signals in a data loader worker; the main process handles them and ends its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1570,7 +1563,7 @@ def multiply_fp8(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: T
 
 
 def dequantize(weight: Tensor) -> Tensor:
-    """Restore a weight that torchao or bitsandbytes has quantized, up to rounding. -> (N, K)"""
+    """Dequantize a torchao or bitsandbytes weight. -> (N, K)"""
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -1579,7 +1572,7 @@ def dequantize(weight: Tensor) -> Tensor:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T for a frozen weight; the backward pass keeps the weight as it is stored, and nothing else."""
+    """x W^T for a frozen weight; it saves only the stored weight for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, has_fp8_products: bool) -> Tensor:
@@ -1598,7 +1591,7 @@ class FrozenProduct(torch.autograd.Function):
         weight = ctx.weight
         if not ctx.has_fp8_products:
             return (gradient @ dequantize(weight)).to(ctx.dtype), None, None
-        rows, rows_scale = to_fp8(gradient.flatten(0, -2) * weight.scale.t())  # W's scales lie along the sum
+        rows, rows_scale = to_fp8(gradient.flatten(0, -2) * weight.scale.t())  # W's scales run along the summed axis
         turned = weight.qdata.t().contiguous().t()  # column-major, as the product requires
         product = multiply_fp8(rows, turned, rows_scale, torch.ones(1, weight.shape[1], device=weight.device))
         return product.to(ctx.dtype).unflatten(0, gradient.shape[:-1]), None, None
@@ -1623,7 +1616,7 @@ def make_empty_transformer(model: Path) -> ZImageTransformer2DModel:
 
 def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Translate the storage of the frozen weights into options for `from_pretrained`; empty for plain weights."""
-    outside = ["all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder"]  # the blocks, which alone are large
+    outside = ["all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder"]  # only the blocks are quantized
     device = PartialState().device
     if cfg.storage is None and cfg.bnb_quantization_config_path is None:
         return {}
@@ -1651,9 +1644,9 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype) -> ZImageTran
     for module in transformer.modules():
         weight = getattr(module, "weight", None)
         if hasattr(weight, "qdata") or hasattr(weight, "quant_state"):  # torchao's, or bitsandbytes' in 4 bits
-            fits = all(side % 16 == 0 for side in weight.shape)  # else the hardware cannot
+            fits = all(side % 16 == 0 for side in weight.shape)  # fp8 matmuls require it
             module.__class__, module.has_fp8_products = FrozenLinear, cfg.do_fp8_training and fits
-    transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps an earlier run's for the whole process
+    transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps that of an earlier run in this process
     if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
         transformer.enable_gradient_checkpointing()
     return transformer.requires_grad_(False)
@@ -1670,7 +1663,7 @@ def expand_range(name: str) -> Iterator[str]:
 def resolve_lora_layers(lora_layers: str, empty: ZImageTransformer2DModel) -> list[str]:
     """Translate `--lora_layers` into the full names of linear layers.
 
-    A name selects every layer that it is, that ends in it, or that is inside it: `to_q`, `layers.10.attention`,
+    A name selects layers with that name, that end in it, or that are inside it: `to_q`, `layers.10.attention`,
     `layers.10.attention.to_q`; `layers.0-9` is a range. Raises UserError for a name that selects nothing.
     """
     linear = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
@@ -1683,7 +1676,7 @@ def resolve_lora_layers(lora_layers: str, empty: ZImageTransformer2DModel) -> li
         for part in LAYER_ALIASES.get(name, expand_range(name)):
             hits = {layer for layer in linear if f".{part}." in f".{layer}."}
             endings = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in linear})
-            require(bool(hits), f"--lora_layers: no linear layer matches {part}; there are {', '.join(endings)}")
+            require(bool(hits), f"--lora_layers: no linear layer matches {part}; choose from {', '.join(endings)}")
             chosen |= hits
     return [layer for layer in linear if layer in chosen]
 
@@ -1704,7 +1697,7 @@ def check_sizes(cfg: Config, samples: list[Sample], empty: ZImageTransformer2DMo
 
 
 def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Config) -> list[nn.Parameter]:
-    """Add a LoRA in fp32 to the named layers, the same on every process; returns what is trained."""
+    """Add a LoRA in fp32 to the named layers, the same on every process; return its parameters."""
     torch.manual_seed(cfg.seed)
     settings = LoraConfig(
         r=cfg.rank, lora_alpha=cfg.lora_alpha or cfg.rank, lora_dropout=cfg.lora_dropout, target_modules=layers,
@@ -1713,14 +1706,14 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
     transformer.add_adapter(settings)
     cast_training_params(transformer, torch.float32)
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
-    # Else DDP broadcasts 12 GB that every process has just read, and fails on torchao's tensors. The public way is
-    # torch's `init_sync`, which accelerate does not pass on.
+    # Else DDP broadcasts 12 GB that every process has just read, and fails on torchao's tensors. The public option,
+    # torch's `init_sync`, is not exposed by accelerate.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
 def describe_lora(transformer: nn.Module, layers: list[str], cfg: Config) -> str:
-    """Describe how much is trained, how much is frozen, and the scale of the update."""
+    """Describe the size of the LoRA, its scale, and the size of the frozen weights."""
     frozen = sum(p.numel() * p.element_size() for p in transformer.parameters() if not p.requires_grad)
     count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     return (
@@ -1742,7 +1735,7 @@ def place_like(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained by its names in files, without the wrappers of DDP, FSDP, and torch.compile."""
+    """Map names, without the wrappers of DDP, FSDP, and torch.compile, to the trainable parameters."""
     wrappers = re.compile(r"\b(module|_orig_mod|_checkpoint_wrapped_module|default)\.")
     named = transformer.named_parameters()
     return {wrappers.sub("", name): parameter for name, parameter in named if parameter.requires_grad}
@@ -1752,7 +1745,7 @@ def lora_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
     """Gather the tensors of the LoRA, on all processes. Raises FloatingPointError if they are not finite."""
     state = {name: full_tensor(parameter.detach()) for name, parameter in lora_parameters(transformer).items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise FloatingPointError("the LoRA is no longer finite and is not saved; lower --learning_rate")
+        raise FloatingPointError("the LoRA contains NaN or infinity and is not saved; lower --learning_rate")
     return state
 
 
@@ -1764,7 +1757,7 @@ def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Name tensors for diffusers, and fold alpha / rank into lora_B, so that every loader applies the LoRA alike."""
+    """Name tensors for diffusers, and fold alpha / rank into lora_B, so that all loaders apply the LoRA equally."""
     return {
         f"transformer.{name}": (tensor.float() * (scale if ".lora_B." in name else 1)).to(dtype)
         for name, tensor in state.items()
@@ -1810,7 +1803,7 @@ def sample_sigmas(seeds: list[int], cfg: Config, shift: float) -> Tensor:
     """Sample continuous noise levels, 1 being pure noise, each from its example's seed. -> (B,)
 
     The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
-    so a positive logit_mean means more noise. Levels below 1/1000 are raised to it: sigma_sqrt divides by them.
+    so a positive logit_mean means more noise. Levels are clamped to at least 1/1000: sigma_sqrt divides by them.
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "sigma")) for seed in seeds]
     density = (cfg.weighting_scheme, 1, cfg.logit_mean, cfg.logit_std, cfg.mode_scale)
@@ -1827,8 +1820,8 @@ def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 def predict_velocity(
     transformer: nn.Module, noisy_latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]
 ) -> Tensor:
-    """Follow Z-Image's conventions: lists instead of batches, a frame axis, time 1 - sigma, and the opposite sign."""
-    assert len(prompt_embeds) == len(noisy_latents), "the model pairs them by zip and drops the surplus"
+    """Predict velocity by Z-Image's conventions: lists, not batches; a frame axis; time 1 - sigma; opposite sign."""
+    assert len(prompt_embeds) == len(noisy_latents), "the model would silently drop the surplus"
     frames = list(noisy_latents.unsqueeze(2).unbind(0))  # B of (16, 1, h, w)
     outputs = transformer(frames, 1 - sigmas, prompt_embeds, return_dict=False)[0]
     return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
@@ -1841,7 +1834,7 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor) 
 
 
 def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: float) -> Tensor:
-    """Compute the loss of a batch: add noise, predict the velocity, compare it with the true one. -> scalar"""
+    """Compute the loss of a batch: add noise, predict the velocity, compare it with the target. -> scalar"""
     latents = batch.latents  # (B, 16, h, w)
     noise = sample_noise(batch.seeds, latents.shape[1:]).to(latents.device)  # (B, 16, h, w)
     sigmas = sample_sigmas(batch.seeds, cfg, shift).to(latents.device)  # (B,)
@@ -1866,10 +1859,10 @@ def any_process(condition: bool) -> bool:
 
 
 class StopRequest:
-    """What asks the training to stop: a signal, the death of its launcher, or `--max_train_minutes`.
+    """A request to stop training: a signal, the exit of the launcher, or `--max_train_minutes`.
 
     It is polled after every micro-batch and every denoising step, because all processes must stop at the same point.
-    Before and after training there is nothing to save and every file is complete, so signals act as they always do.
+    Before and after training there is nothing to save and every file is complete, so signals keep their defaults.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -1878,7 +1871,7 @@ class StopRequest:
         self.deadline = time.monotonic() + 60 * (minutes or math.inf)
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # no other can handle signals
+        if threading.current_thread() is threading.main_thread():  # signal handlers require it
             self.handlers = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         return self
 
@@ -1896,7 +1889,7 @@ class StopRequest:
         """Tell whether any process was asked to stop; all must call this together."""
         is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
         if is_launched and os.getppid() != self.parent:
-            self.reason = self.reason or "the end of its launcher"
+            self.reason = self.reason or "the exit of its launcher"
         elif time.monotonic() > self.deadline:
             self.reason = self.reason or "--max_train_minutes"
         is_asked = any_process(self.reason != "")  # a signal that arrives during this call counts for the next one
@@ -1911,7 +1904,7 @@ class StopRequest:
 
 
 class Run(NamedTuple):
-    """What the sections from here on work with: what was decided, and what is live."""
+    """The state of a run: its settings, its plan, and its live objects."""
 
     cfg: Config
     plan: Plan
@@ -1924,10 +1917,7 @@ class Run(NamedTuple):
 
 
 def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
-    """Run the loop, yielding metrics after every optimizer step; the caller saves and validates.
-
-    It ends early if the batches do. Raises FloatingPointError, before the weights change, if the loss is not finite.
-    """
+    """Yield metrics after every optimizer step, until the steps or the batches end; the caller saves and validates."""
     cfg, accelerator, optimizer, schedule = run.cfg, run.accelerator, run.optimizer, run.plan.schedule
     learning_rate_at, skipped = make_learning_rate(cfg, schedule), 0
     parameters = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
@@ -1940,15 +1930,15 @@ def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
                 loss = training_loss(run.transformer, batch, cfg, run.shift)
                 accelerator.backward(loss)
             losses.append(loss.detach())
-            seen += zip(batch.names, sample_sigmas(batch.seeds, cfg, run.shift).tolist())
+            seen += zip(batch.names, batch.seeds)
         if len(losses) < cfg.gradient_accumulation_steps:
-            return  # the weights have not changed; a resumed run takes these batches again
+            return  # the weights have not changed; a resumed run repeats these batches
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         grad_norm = float(full_tensor(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)))
         metrics = {"step": step + 1, "loss": loss, "grad_norm": grad_norm}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
-        if is_finite(cfg, metrics, seen, skipped):
+        if is_finite(run, metrics, seen, skipped):
             optimizer.step()
             skipped = 0
         else:
@@ -1972,7 +1962,7 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
         return torch.optim.AdamW(parameters, **common)
     from prodigyopt import Prodigy
 
-    with contextlib.redirect_stdout(None):  # it prints a remark of its own
+    with contextlib.redirect_stdout(None):  # it prints a message
         return Prodigy(
             parameters, **common, beta3=cfg.prodigy_beta3, decouple=cfg.prodigy_decouple,
             use_bias_correction=cfg.prodigy_use_bias_correction, safeguard_warmup=cfg.prodigy_safeguard_warmup,
@@ -1980,7 +1970,7 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
 
 
 def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
-    """Reject what this machine cannot compute."""
+    """Reject settings that this machine does not support."""
     device, dtype = PartialState().device, DTYPES[cfg.mixed_precision]
     is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
     require(
@@ -1993,11 +1983,11 @@ def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
         if options:
             DiffusersAutoQuantizer.from_config(options["quantization_config"]).validate_environment()
     if cfg.has_8bit_state:
-        with explained("--use_8bit_adam: bitsandbytes does not support it on this machine", "leave the flag out"):
+        with explained("--use_8bit_adam: bitsandbytes does not support it on this machine", "remove the flag"):
             probe = nn.Parameter(torch.zeros(4096, device=device))
             probe.grad = torch.zeros_like(probe)
             make_optimizer([probe], cfg).step()
-    with explained(f"--attention_backend {cfg.attention}", "it cannot be used for training here; leave it out"):
+    with explained(f"--attention_backend {cfg.attention}", "it does not support training here; remove the flag"):
         empty.set_attention_backend(cfg.attention)
         query = torch.ones(1, 32, 2, 64, dtype=dtype, device=device, requires_grad=True)
         dispatch_attention_fn(query, query, query).sum().backward()
@@ -2014,31 +2004,32 @@ def make_learning_rate(cfg: Config, schedule: Schedule) -> Callable[[int], float
     return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
-def is_finite(cfg: Config, metrics: dict[str, float], seen: list[tuple[str, float]], skipped: int) -> bool:
+def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[str, int]], skipped: int) -> bool:
     """Tell whether a step's metrics are finite. Raises FloatingPointError, naming the images, unless told to skip."""
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         return True
-    examples = ", ".join(gather_object([f"{name} at sigma {sigma:.3f}" for name, sigma in seen]))
-    problem = f"step {metrics['step']}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, with "
-    if cfg.on_nan == "skip" and skipped < 10:
+    sigmas = sample_sigmas([seed for _, seed in seen], run.cfg, run.shift)
+    examples = ", ".join(gather_object([f"{name} at sigma {sigma:.3f}" for (name, _), sigma in zip(seen, sigmas)]))
+    problem = f"step {metrics['step']}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, for "
+    if run.cfg.on_nan == "skip" and skipped < 10:
         say(f"warning: {problem}{examples}; the step is skipped")
         return False
-    last = next(filter(read_checkpoint, reversed(list_checkpoints(Path(cfg.output_dir)))), None)
+    last = next(filter(read_checkpoint, reversed(list_checkpoints(Path(run.cfg.output_dir)))), None)
     good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-    option = "ten steps in a row were skipped already" if skipped else "--on_nan skip leaves such steps out"
+    option = "ten steps in a row were already skipped" if skipped else "--on_nan skip skips such steps"
     raise FloatingPointError(
         f"{problem}{examples}; training stops, the weights are unchanged; {good}. "
-        f"A lower --learning_rate is the usual remedy; {option}"
+        f"Try a lower --learning_rate; {option}"
     )
 
 
-PRODIGY_COUNTS = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # what it has found, not what it was told
+PRODIGY_COUNTS = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # its estimates, not its settings
 
 
-def save_lora(run: Run, folder: Path) -> dict[str, Tensor]:
-    """Write the LoRA in its final form, from the main process; returns what the file holds."""
+def save_lora(run: Run, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Write the LoRA in its final form, from the main process; return the saved tensors."""
     cfg, dtype = run.cfg, torch.float32 if run.cfg.upcast_before_saving else DTYPES[run.cfg.mixed_precision]
-    exported = export_lora(lora_state_dict(run.transformer), cfg.lora_scale, dtype)
+    exported = export_lora(state, cfg.lora_scale, dtype)
     if run.accelerator.is_main_process:
         write_tensors(folder / LORA_FILE, exported, lora_metadata(cfg))
     return exported
@@ -2049,7 +2040,8 @@ def save_checkpoint(run: Run, step: int, binding: dict[str, Any]) -> None:
     folder = Path(run.cfg.output_dir) / f"checkpoint-{step}"
     if (folder / STATE_FILE).exists():
         return  # written after this step already, before the run was stopped
-    tensors = {f"lora/{name}": tensor for name, tensor in lora_state_dict(run.transformer).items()}
+    lora = lora_state_dict(run.transformer)
+    tensors = {f"lora/{name}": tensor for name, tensor in lora.items()}
     state = {"step": step, "binding": binding, "numbers": {}}
     for name, parameter in lora_parameters(run.transformer).items():
         for key, value in run.optimizer.state[parameter].items():
@@ -2057,20 +2049,20 @@ def save_checkpoint(run: Run, step: int, binding: dict[str, Any]) -> None:
             # a copy: bitsandbytes shares tables between parameters, which safetensors rejects
             kind[f"{key}/{name}"] = full_tensor(value).clone() if torch.is_tensor(value) else value
     state["group"] = {key: value for key, value in run.optimizer.param_groups[0].items() if key in PRODIGY_COUNTS}
-    save_lora(run, folder)
+    save_lora(run, lora, folder)
     if run.accelerator.is_main_process:
-        sync(folder.parent / "metrics.jsonl")  # a checkpoint must not outlive the lines before it
+        sync(folder.parent / "metrics.jsonl")  # metrics must be on disk before the checkpoint
         write_tensors(folder / STATE_FILE, tensors, {"state": json.dumps(state)})
         if read_checkpoint(folder) is None or read_sealed(folder / LORA_FILE) is None:
-            raise OSError(f"{folder} cannot be read back as it was written; check the disk")
+            raise OSError(f"{folder} was not written correctly; check the disk")
         for old in list_checkpoints(folder.parent)[: -(run.cfg.checkpoints_total_limit or sys.maxsize)]:
-            if read_checkpoint(old):  # a damaged one is left for its owner to look at
+            if read_checkpoint(old):  # keep damaged ones for inspection
                 remove_checkpoint(old)
     run.accelerator.wait_for_everyone()
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, its state first, so that half of one is never taken for a whole one."""
+    """Remove a checkpoint, its state first, so that a partial one is never taken for a complete one."""
     (folder / STATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
@@ -2086,12 +2078,12 @@ def set_aside(folder: Path) -> Path:
 
 
 def load_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
-    """Load LoRA and optimizer state; the optimizer's settings stay as this run has them. Raises if it does not fit."""
+    """Load LoRA and optimizer state; the optimizer keeps this run's settings. Raises UserError if it does not fit."""
     values = load_file(checkpoint.folder / STATE_FILE) | checkpoint.state["numbers"]
     parameters = lora_parameters(run.transformer)
     lora = {name: values.pop(f"lora/{name}", None) for name in parameters}
     fits = None not in lora.values() and {path.split("/")[1] for path in values} in (set(), set(parameters))
-    require(fits, f"--resume_from_checkpoint {checkpoint.folder} has other layers or another optimizer; name another")
+    require(fits, f"--resume_from_checkpoint {checkpoint.folder} has different layers or optimizer; choose another")
     load_lora(run.transformer, lora)
     for path, value in values.items():
         key, name = path.split("/")
@@ -2104,21 +2096,23 @@ def resume(run: Run) -> None:
     """Restore LoRA, optimizer, and metrics to where they were at the checkpoint, or at the start."""
     checkpoint, output, step = run.plan.checkpoint, Path(run.cfg.output_dir), run.plan.schedule.first_step
     if checkpoint is not None:
-        with explained(f"--resume_from_checkpoint: {checkpoint.folder} cannot be loaded", "name another one"):
+        with explained(f"--resume_from_checkpoint: {checkpoint.folder} cannot be loaded", "choose another"):
             load_checkpoint(run, checkpoint)
         say(f"resuming from {checkpoint.folder}, after step {step}")
     elif run.cfg.resume_from_checkpoint is not None:
         say(f"no checkpoint in {output} yet: starting from scratch")
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        cut_metrics(output / "metrics.jsonl", step)
         for later in [path for path in list_checkpoints(output) if int(path.name[11:]) > step]:
-            is_damaged = read_checkpoint(later) is None  # either way, `latest` must not find it one day
-            say(f"{later} is {'damaged' if is_damaged else 'superseded'}; it is now called {set_aside(later).name}")
+            is_damaged = read_checkpoint(later) is None  # either way, `latest` must never find it
+            is_known = is_damaged or run.cfg.resume_from_checkpoint not in (None, "latest")
+            require(is_known, f"another run has just saved {later}; start again with --resume_from_checkpoint latest")
+            say(f"{later} is {'damaged' if is_damaged else 'superseded'}; renamed to {set_aside(later).name}")
+        cut_metrics(output / "metrics.jsonl", step)
 
 
 def cut_metrics(file: Path, step: int) -> None:
-    """Keep the metrics of the first `step` steps, so that resuming repeats none; drops an incomplete last line."""
+    """Keep the metrics of the first `step` steps, so that none is repeated; drop an incomplete last line."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
     write_file(file, b"".join(match[0] for match in steps if match is not None and int(match[1]) <= step))
@@ -2142,7 +2136,7 @@ def log_metrics(run: Run, metrics: dict[str, float]) -> None:
 
 
 class Sampler(NamedTuple):
-    """What generates images: the official pipeline, which ends at latents, the VAE, and cached prompt embeddings."""
+    """Everything needed to generate images: the pipeline (up to the latents), the VAE, and the prompt cache."""
 
     pipeline: ZImagePipeline
     vae: AutoencoderKL
@@ -2205,7 +2199,8 @@ def generate_class_images(samples: list[Sample], encodings: Encodings) -> list[S
         del sampler, transformer
         free_memory()
     PartialState().wait_for_everyone()
-    return [dataclasses.replace(sample, digest=sha256(sample.path.read_bytes())) for sample in samples]
+    done = {s: dataclasses.replace(s, digest=sha256(s.path.read_bytes())) for s in samples if not s.digest}
+    return [done.get(sample, sample) for sample in samples]
 
 
 def validation_prompts(cfg: Config, is_final: bool) -> list[str]:
@@ -2230,7 +2225,7 @@ def validation_folder(cfg: Config, step: int) -> Path:
 
 
 def validate(run: Run, step: int, is_final: bool = False) -> None:
-    """Generate PROMPT-IMAGE.png from the live transformer, split over the processes, and combine them on sheet.png."""
+    """Generate PROMPT-IMAGE.png from the live transformer, split over the processes, and combine them in sheet.png."""
     cfg, prompts, folder = run.cfg, validation_prompts(run.cfg, is_final), validation_folder(run.cfg, step)
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
     if not jobs:
@@ -2273,13 +2268,12 @@ def log_images(accelerator: Accelerator, images: list[Image.Image], captions: li
 
 SHARED_FILES = (LORA_FILE, "README.md", "config.json", "validation/step-*/*.png")
 TEMPORARY_FILES = (".z-image-*.tmp", "checkpoint-*/.z-image-*.tmp", "validation/step-*/.z-image-*.tmp")
-OWN_FILES = (*RUN_FILES, "validation/step-*/sheet.png", "validation/step-*/[0-9]*-[0-9]*.png")
 
 
 def finish_lora(run: Run) -> Path:
-    """Write the final LoRA file; the live model continues with the weights as the file holds them."""
+    """Write the final LoRA file; load the saved weights back into the live model."""
     output, scale = Path(run.cfg.output_dir), run.cfg.lora_scale
-    unfolded = export_lora(save_lora(run, output), 1 / scale, torch.float32)
+    unfolded = export_lora(save_lora(run, lora_state_dict(run.transformer), output), 1 / scale, torch.float32)
     load_lora(run.transformer, {name.removeprefix("transformer.transformer."): t for name, t in unfolded.items()})
     return output / LORA_FILE
 
@@ -2291,7 +2285,7 @@ def save_config(cfg: Config) -> None:
     if "__file__" in globals():
         environment["script_sha256"] = sha256(Path(__file__).read_bytes())
     settings = shareable_settings(cfg) | {"environment": environment}
-    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):  # for this start only
+    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):  # these apply to one start only
         del settings[name]
     content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     write_file(Path(cfg.output_dir) / "config.json", content.encode())
@@ -2327,14 +2321,14 @@ def open_repository(cfg: Config) -> str:
     """Create the repository before training, so that a missing login is found now; returns its full name."""
     with explained(
         f"--push_to_hub: the repository {cfg.repository} cannot be created",
-        "check network and login (`hf auth login`, or --hub_token), or leave the flag out and upload later",
+        "check your network and login (`hf auth login` or --hub_token), or upload later without this flag",
     ):
         hub = HfApi(token=cfg.hub_token)
         return hub.create_repo(cfg.repository, private=cfg.hub_private_repo or None, exist_ok=True).repo_id
 
 
 def push(cfg: Config, repository: str) -> None:
-    """Upload what is meant to be shared, and nothing else. Raises UserError with the command to try again."""
+    """Upload only the files that are meant to be shared. Raises UserError with the command to try again."""
     options = " ".join(f"--include='{pattern}'" for pattern in SHARED_FILES)
     with explained(
         f"the LoRA is complete and safe in {cfg.output_dir}, but the upload failed",
@@ -2351,7 +2345,7 @@ def describe_results(cfg: Config, file: Path) -> list[str]:
     metrics, images = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
     lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"images    {images}"] * images.is_dir()
     skipped = metrics.read_text(encoding="utf-8").count('"is_skipped": true')
-    lines += [f"warning: {skipped} steps were skipped because loss or gradient was not finite"] * bool(skipped)
+    lines += [f"warning: {skipped} steps were skipped because the loss or gradient was not finite"] * bool(skipped)
     return lines + DEMO_FAREWELL.format(script=Path(sys.argv[0]).name).splitlines() * cfg.demo
 
 
@@ -2380,13 +2374,13 @@ image.save("output.png")
 
 ## Training
 
-DreamBooth with LoRA on Z-Image, by `train_dreambooth_lora_z_image.py`: rank {cfg.rank}, alpha / rank {scale} (folded
+DreamBooth LoRA for Z-Image, from `train_dreambooth_lora_z_image.py`: rank {cfg.rank}, alpha / rank {scale} (folded
 into the file), layers {cfg.lora_layers}, {last} steps of {cfg.optimizer} at {cfg.learning_rate}, {cfg.resolution}
 pixels. All settings are in `config.json`.
 """
 
 DEMO_FAREWELL = """
-That was a tiny random model. For the real one, with a GPU and a folder of your own images:
+That was a tiny random model. To train the real one on your own images, with a GPU:
 
 accelerate launch {script} \\
   --pretrained_model_name_or_path=Tongyi-MAI/Z-Image --instance_data_dir=dog --instance_prompt="a photo of sks dog" \\
@@ -2454,7 +2448,7 @@ def make_demo_images(folder: Path) -> None:
 
 
 def make_demo(cfg: Config) -> None:
-    """Make the model and the images that `demo_settings` names; leaves alone what the user named instead."""
+    """Create the demo model and the demo images, unless the user specified others."""
     if PartialState().is_main_process:
         settings = demo_settings(cfg.output_dir)
         if cfg.pretrained_model_name_or_path == settings["pretrained_model_name_or_path"]:
@@ -2472,7 +2466,7 @@ def make_demo(cfg: Config) -> None:
 def make_accelerator(cfg: Config) -> Accelerator:
     """Make the accelerator; the config alone decides about precision and accumulation."""
     names, known = cfg.trackers, LoggerType.list()
-    require(set(names) <= set(known), f"--report_to {cfg.report_to}: accelerate knows {', '.join(known)}, or none")
+    require(set(names) <= set(known), f"--report_to {cfg.report_to}: accelerate supports {', '.join(known)}, or none")
     accumulation = GradientAccumulationPlugin(num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False)
     with explained("accelerate cannot start", "in a notebook, restart the kernel to change --mixed_precision"):
         accelerator = Accelerator(
@@ -2484,7 +2478,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
     is_there = "all" in names or len(accelerator.log_with) == len(names)
     require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
-    require(int(started) == seen, f"accelerate configuration: {started} processes were started, but it sees {seen}")
+    require(int(started) == seen, f"accelerate configuration: accelerate sees {seen} of {started} started processes")
     torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
     return accelerator
 
@@ -2494,34 +2488,37 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     output, logs = Path(cfg.output_dir), Path(cfg.output_dir, cfg.logging_dir)
     if cfg.trackers:
         settings = {name: v if isinstance(v, (int, float)) else str(v) for name, v in shareable_settings(cfg).items()}
-        with explained(f"--report_to {cfg.report_to} cannot start", "for wandb: `wandb login`"):
+        with explained(f"--report_to {cfg.report_to} cannot start", "for wandb, run `wandb login`"):
             logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
             accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
     if accelerator.is_main_process:
         is_replaced = cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)
-        for pattern in (*TEMPORARY_FILES, *OWN_FILES * is_replaced):  # temporary: of a run that was killed in writing
-            for path in output.glob(pattern):
-                path.unlink()
-        for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")) * is_replaced:
-            remove_checkpoint(folder)
+        stale = [path for pattern in TEMPORARY_FILES for path in output.glob(pattern)]  # of a run that was killed
+        if is_replaced:
+            images = output.glob("validation/step-*/*.png")
+            stale += [path for path in images if re.fullmatch(r"\d+-\d+|sheet", path.stem)]
+            stale += [output / name for name in RUN_FILES]
+            for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")):
+                remove_checkpoint(folder)
+        for path in stale:
+            path.unlink(missing_ok=True)
         save_config(cfg)
     accelerator.wait_for_everyone()
 
 
 def check_plan(cfg: Config, plan: Plan, encodings: Encodings, empty: ZImageTransformer2DModel) -> None:
-    """Reject what the model, this machine, or the checkpoint cannot do, before any weights are loaded."""
+    """Reject a plan that the model, machine, or checkpoint does not support, before any weights are loaded."""
     check_hardware(cfg, empty)
     check_sizes(cfg, plan.samples, empty)
     steps = gather_object([plan.schedule.first_step])
-    remedy = "name a folder that all machines share"
-    require(len(set(steps)) == 1, f"--output_dir {cfg.output_dir} holds different checkpoints per machine; {remedy}")
+    require(len(set(steps)) == 1, f"--output_dir {cfg.output_dir} differs between machines; use a shared folder")
     if plan.checkpoint is not None:
-        with explained(f"--resume_from_checkpoint: {plan.checkpoint.folder} is damaged", "name another one"):
+        with explained(f"--resume_from_checkpoint: {plan.checkpoint.folder} is damaged", "choose another"):
             check_continuity(cfg, plan.checkpoint, make_binding(cfg, encodings.contents, plan))
 
 
 def train_and_save(run: Run) -> None:
-    """Train from where the run stands, with validation and checkpoints. Raises Stopped once its steps are saved."""
+    """Resume, train, validate, and save checkpoints. Raises Stopped, after saving, if asked to stop."""
     resume(run)
     cfg, schedule, stop = run.cfg, run.plan.schedule, run.stop
     binding = make_binding(cfg, run.encodings.contents, run.plan)
@@ -2586,7 +2583,7 @@ def run_all(cfg: Config, plan: Plan, accelerator: Accelerator) -> Path:
 
 
 def main(cfg: Config, plan: Plan | None = None) -> Path:
-    """Run everything. Returns the LoRA file. Raises Stopped, with nothing lost, if asked to stop while training."""
+    """Run everything. Returns the LoRA file. Raises Stopped, after saving, if asked to stop while training."""
     free_memory()  # of an earlier run in a notebook, which only the garbage collector frees
     with hold_output(Path(cfg.output_dir)):
         accelerator = make_accelerator(cfg)
@@ -2596,5 +2593,5 @@ def main(cfg: Config, plan: Plan | None = None) -> Path:
 
 
 if RUN_AS_SCRIPT:
-    gc.freeze()  # what the imports have made stays; searching it takes a third of a second each time
+    gc.freeze()  # exclude the imports from garbage collection; scanning them takes 0.3 s each time
     run_or_exit(main, CONFIG, PLAN)
