@@ -576,6 +576,7 @@ def test_help_and_a_mistyped_flag_answer_without_torch(tmp_path):
     done = run_script("--help", without_torch=True, tmp_path=tmp_path)
     assert done.returncode == 0
     assert [name for name in ANCESTOR if f"--{name} " not in done.stdout] == []
+    assert re.findall(r"^([A-Z].*):$", done.stdout, re.M) == list(z.HEADINGS.values())
     done = run_script(*NEEDED, "--learning_rat=1", without_torch=True, tmp_path=tmp_path)
     assert done.returncode == 2 and "unrecognized arguments: --learning_rat=1" in done.stderr
 
@@ -865,9 +866,10 @@ def test_refused_if_every_image_is_damaged(make_config, tmp_path):
 
 def test_a_good_image_is_decoded_only_once(make_config, images, monkeypatch, tmp_path):
     cfg = make_config(cache_dir=str(tmp_path / "fresh"))
-    z.plan_samples(cfg)
+    draw(images / "wide.png", (96, 64))
+    planned = z.plan_samples(cfg)
     monkeypatch.setattr(z, "load_image", lambda path: pytest.fail(f"{path} was decoded again"))
-    assert len(z.plan_samples(cfg)) == 5
+    assert z.plan_samples(cfg) == planned and planned[-1].size == (64, 96) and len(planned) == 6
 
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -1190,6 +1192,11 @@ MISTAKES = {
         lambda w: (w / "out" / "checkpoint-500").mkdir(parents=True)
         or (w / "out" / "checkpoint-500" / "pytorch_lora_weights.safetensors").write_text("x")
         and (w / "out" / "checkpoint-500" / "optimizer.bin").write_text("x") and [],
+        "--output_dir out contains checkpoint-500, not written by this script",
+    ),
+    "checkpoint that is a link": (
+        lambda w: (w / "elsewhere").mkdir() or (w / "elsewhere" / "state.safetensors").write_text("x")
+        and (w / "out").mkdir() or (w / "out" / "checkpoint-500").symlink_to(w / "elsewhere") or [],
         "--output_dir out contains checkpoint-500, not written by this script",
     ),
     "checkpoint of an earlier version": (
@@ -1627,8 +1634,8 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 def test_equal_tensors_give_equal_files(tmp_path):
     metadata = {f"key {n}": str(n) for n in range(20)}
-    for name in "ab":
-        z.write_tensors(tmp_path / name, {"x": torch.arange(6.0).view(2, 3)[:, 1:]}, metadata)
+    for name, ordered in (("a", metadata), ("b", dict(reversed(metadata.items())))):
+        z.write_tensors(tmp_path / name, {"x": torch.arange(6.0).view(2, 3)[:, 1:]}, ordered)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "a", "pt") as file:
         assert metadata.items() < file.metadata().items() and file.get_tensor("x").tolist() == [[1, 2], [4, 5]]
@@ -1784,6 +1791,8 @@ def test_offloaded_encoders_visit_the_device_only_to_work(is_cached, places, mak
     kinds = [kind for kind, _ in places]
     assert {"reads", "encodes", "decodes"} < set(kinds)
     assert {where for kind, where in places if kind in ("reads", "encodes")} == {"cpu:0"}
+    arrivals = [index for index, place in enumerate(places) if place == ("moves", "cpu:0")]
+    assert {kinds[index + 1] for index in arrivals} <= {"reads", "encodes", "decodes"}, "nobody arrives before work"
     for index in (
         index for index, kind in enumerate(kinds) if kind == "decodes"
     ):  # where the latents are: a real "cpu"
@@ -2491,6 +2500,31 @@ def test_a_checkpoint_without_its_state_is_none(make_config, tmp_path, capsys):
         out / "checkpoint-3"
     )
     assert z.read_sealed(out / "checkpoint-3" / "pytorch_lora_weights.safetensors") is not None
+
+
+def test_the_state_makes_a_checkpoint_whole(make_config, tmp_path, monkeypatch):
+    """It is written last, and set aside first: half a folder is not a checkpoint."""
+    write, replace, out = z.write_file, os.replace, tmp_path / "out"
+
+    def break_at(name):
+        def fail(path, *rest):
+            if Path(path).name == name and Path(path).parent.name == "checkpoint-1":
+                raise OSError("the power is gone")
+            return (write if len(rest) and isinstance(rest[0], bytes) else replace)(path, *rest)
+
+        return fail
+
+    cfg = make_config(max_train_steps=1)
+    monkeypatch.setattr(z, "write_file", break_at("pytorch_lora_weights.safetensors"))
+    with pytest.raises(OSError, match="the power is gone"):
+        run(cfg)
+    assert (out / "metrics.jsonl").stat().st_size > 0 and z.list_checkpoints(out) == []
+    monkeypatch.setattr(z, "write_file", write)
+    run(dataclasses.replace(cfg, overwrite_output_dir=True))
+    monkeypatch.setattr(os, "replace", break_at("pytorch_lora_weights.safetensors"))
+    with pytest.raises(OSError, match="the power is gone"):
+        z.set_aside(out / "checkpoint-1")
+    assert (out / "checkpoint-1").is_dir() and z.list_checkpoints(out) == []
 
 
 def test_no_folder_is_renamed(make_config, tmp_path, monkeypatch, capsys):
@@ -3624,12 +3658,13 @@ def test_class_images_are_generated_once_and_only_the_missing(make_config, tmp_p
     draw(tmp_path / "classes" / "mine.png")
     cfg = make_config(
         with_prior_preservation=True, class_data_dir=str(tmp_path / "classes"), class_prompt="dog", num_class_images=4,
-        sample_batch_size=2, max_train_steps=7,
+        sample_batch_size=2, max_train_steps=7, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     run(cfg)
     assert "generating class images: 100%|██████████| 2/2" in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "classes").iterdir())
     assert names == ["class-00000.png", "class-00001.png", "class-00002.png", "mine.png"]
+    assert len([*(tmp_path / "cache").rglob("latents/*.safetensors")]) == 5 + 4, "each image has latents of its own"
     first = lora_bytes(cfg)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "classes" / "class-00001.png").unlink()

@@ -307,7 +307,7 @@ class Config:
     quantization: Storage | None = flag(None, "Store frozen weights in 8 or 4 bits; compute in --mixed_precision.")
     do_fp8_training: bool = flag(False, "Store and multiply weights in fp8; needs compute capability 8.9 or higher.")
     bnb_quantization_config_path: str | None = flag(None, "JSON file with a bitsandbytes configuration, 4 or 8 bits.")
-    offload: bool = flag(False, "Keep text encoder and VAE in CPU memory while not in use.")
+    offload: bool = flag(False, "Keep the VAE in CPU memory; it is on the GPU only while in use.")
     attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, flash, flex, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
     allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
@@ -1381,7 +1381,7 @@ def load_text_encoder(model: Path, cfg: Config) -> tuple[Any, nn.Module]:
         tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     reject_missing(report["missing_keys"], model / "text_encoder")
     text_encoder.norm = nn.Identity()
-    return tokenizer, text_encoder.eval()
+    return tokenizer, text_encoder.eval().to(PartialState().device)
 
 
 @torch.no_grad()
@@ -1462,10 +1462,9 @@ def fill_prompts_cache(prompts: list[str], encodings: Encodings) -> None:
     mine = [prompt for prompt in share_of([*dict.fromkeys(prompts)]) if read_sealed(encodings.prompt(prompt)) is None]
     if mine:
         tokenizer, text_encoder = load_text_encoder(encodings.model, encodings.cfg)
-        with visiting(text_encoder, PartialState().device):
-            for prompt in progress_bar(mine, "encoding prompts"):
-                prompt_embeds = encode_prompt(tokenizer, text_encoder, prompt, encodings.cfg.max_sequence_length)
-                write_tensors(encodings.prompt(prompt), {"prompt_embeds": prompt_embeds})
+        for prompt in progress_bar(mine, "encoding prompts"):
+            prompt_embeds = encode_prompt(tokenizer, text_encoder, prompt, encodings.cfg.max_sequence_length)
+            write_tensors(encodings.prompt(prompt), {"prompt_embeds": prompt_embeds})
         del text_encoder
         free_memory()
     else:
