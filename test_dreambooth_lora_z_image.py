@@ -2527,6 +2527,19 @@ def test_the_state_makes_a_checkpoint_whole(make_config, tmp_path, monkeypatch):
     assert (out / "checkpoint-1").is_dir() and z.list_checkpoints(out) == []
 
 
+def test_every_process_waits_for_a_checkpoint(make_config, model, monkeypatch):
+    """Also one that is so late that it sees the files of the first: else the others would wait for it in vain."""
+    cfg, waited = make_config(), []
+    accelerator = z.make_accelerator(cfg)
+    transformer, parameters = with_lora(model, cfg)
+    run = make_run(cfg, transformer, z.make_optimizer(parameters, cfg), accelerator)
+    z.write_file(Path(cfg.output_dir) / "metrics.jsonl", b"")
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _: waited.append(True))
+    for number in (1, 2):
+        z.save_checkpoint(run, 7, {})
+        assert len(waited) == number
+
+
 def test_no_folder_is_renamed(make_config, tmp_path, monkeypatch, capsys):
     """Object store mounts can rename only files; checkpoints are still written, removed, and set aside."""
     replace = os.replace

@@ -2037,8 +2037,6 @@ def save_lora(run: Run, state: dict[str, Tensor], folder: Path) -> dict[str, Ten
 def save_checkpoint(run: Run, step: int, binding: dict[str, Any]) -> None:
     """Write checkpoint-N: the LoRA in its final form; then, in fp32, the state that makes it a checkpoint."""
     folder = Path(run.cfg.output_dir) / f"checkpoint-{step}"
-    if (folder / STATE_FILE).exists():
-        return  # written after this step already, before the run was stopped
     lora = lora_state_dict(run.transformer)
     tensors = {f"lora/{name}": tensor for name, tensor in lora.items()}
     state = {"step": step, "binding": binding, "numbers": {}}
@@ -2521,8 +2519,8 @@ def train_and_save(run: Run) -> None:
     resume(run)
     cfg, schedule, stop = run.cfg, run.plan.schedule, run.stop
     binding = make_binding(cfg, run.encodings.contents, run.plan)
-    step, last, saved = schedule.first_step, schedule.max_train_steps, time.monotonic()
-    interval = 60 * (cfg.checkpointing_minutes or math.inf)
+    step, last = schedule.first_step, schedule.max_train_steps
+    saved_step, saved_at, interval = step, time.monotonic(), 60 * (cfg.checkpointing_minutes or math.inf)
     batches = make_batches(run.plan.samples, run.encodings, step)
     steps = train(run, itertools.takewhile(lambda batch: not stop.is_agreed(), batches))
     bar = progress_bar(steps, "training", initial=step, total=last)
@@ -2538,10 +2536,10 @@ def train_and_save(run: Run) -> None:
                 if schedule.is_validation_step(step):
                     validate(run, step)
                 is_due = step == last or step % cfg.checkpointing_steps == 0
-                if is_due or any_process(time.monotonic() - saved > interval):
+                if is_due or any_process(time.monotonic() - saved_at > interval):
                     save_checkpoint(run, step, binding)
-                    saved = time.monotonic()
-        if schedule.first_step < step < last:
+                    saved_step, saved_at = step, time.monotonic()
+        if saved_step < step:
             save_checkpoint(run, step, binding)
     if step < last:
         for tracker in run.accelerator.trackers:
