@@ -411,7 +411,7 @@ def test_readme_main_command_then_resume_then_inference(workplace, model, hub):
 
     snippet = block_with("load_lora_weights", SNIPPETS).replace("Tongyi-MAI/Z-Image", str(model))
     snippet = snippet.replace('"cuda"', '"cpu"').replace("1024", "32")
-    snippet = snippet.replace("steps=50", "steps=2").replace("trained-z-image-lora", str(output))
+    snippet = snippet.replace("steps=50", "steps=2").replace("my-first-lora", str(output), 1)
     exec(snippet.replace("output.png", str(workplace / "output.png")), {})
     assert Image.open(workplace / "output.png").size == (32, 32)
 
@@ -1060,6 +1060,12 @@ def test_plan_states_how_often_images_are_seen_and_what_validation_costs(make_co
     assert line == "class images to generate first: 7, in 140 forward passes"
 
 
+def test_the_plan_names_the_smallest_of_the_images_to_upscale(make_config):
+    samples = [dataclasses.replace(sample(n), size=(31 - n, 31)) for n in range(6)] + [sample(6)]
+    lines = z.describe_plan(samples, make_config(), z.make_schedule(make_config(), samples))
+    assert "upscaled to 32 x 32: 5.png, 4.png, 3.png, 2.png, 1.png, ..." in lines
+
+
 def test_a_long_run_is_planned_from_its_first_part(make_config):
     samples, cfg = [sample(n) for n in range(5)], make_config(max_train_steps=10**9)
     views = z.count_views(samples, cfg, z.make_schedule(cfg, samples, 1))
@@ -1278,6 +1284,24 @@ MISTAKES = {
     "unknown flag": (lambda w: ["--lerning_rate=1"], "unrecognized arguments: --lerning_rate=1"),
     "no prompt": (lambda w: ["--config=c.json"] if (w / "c.json").write_text('{"instance_prompt": 3}') else [], None),
 }  # fmt: skip
+
+
+def test_nothing_is_planned_checked_or_described_twice(make_config, monkeypatch):
+    """One plan: made by the script's guard and handed to main, or by main itself in a notebook."""
+    cfg = make_config(max_train_steps=1)
+    run(cfg)
+    again, calls = dataclasses.replace(cfg, max_train_steps=2, resume_from_checkpoint="latest"), collections.Counter()
+    before = ("check_launch", "check_packages", "check_output", "check_nesting", "check_model", "scan_images")
+    before += ("find_checkpoint", "make_schedule", "describe_plan", "advice")
+    after = ("identify", "make_empty_transformer", "check_hardware", "check_sizes", "check_continuity")
+    for name in (*before, *after):
+        work = getattr(z, name)
+        monkeypatch.setattr(z, name, lambda *args, name=name, work=work: calls.update([name]) or work(*args))
+    plan = z.make_plan(again)
+    assert calls == dict.fromkeys(before, 1)
+    AcceleratorState._reset_state(True)
+    main(again, plan)
+    assert calls == dict.fromkeys((*before, *after), 1)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -2189,9 +2213,7 @@ def test_attention_backends(make_config, model):
         assert backends == {name}
     with pytest.raises(UserError, match="--attention_backend fast: `backend='fast'` must be one of the following"):
         z.check_hardware(make_config(attention_backend="fast"), z.make_empty_transformer(model))
-    with pytest.raises(
-        UserError, match="--attention_backend flex: .*it does not support training here; remove the flag"
-    ):
+    with pytest.raises(UserError, match="--attention_backend flex: .*it does not work here; remove the flag"):
         z.check_hardware(
             make_config(attention_backend="flex"), z.make_empty_transformer(model)
         )  # has no backward pass on a CPU
@@ -3780,10 +3802,8 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
         "pytorch_lora_weights.safetensors", "config.json",
         "metrics.jsonl", "README.md",
     }  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "out" / "validation").rglob("*.png")) == [
-        "1-mine-2.png",
-        "mine.png",
-    ]
+    left = sorted(path.name for path in (tmp_path / "out" / "validation").rglob("*"))
+    assert left == ["1-mine-2.png", "mine.png", "step-000000"], "a folder that is empty goes, too"
 
 
 def test_wandb(workplace, model):

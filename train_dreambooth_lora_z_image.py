@@ -805,7 +805,7 @@ def export_dataset(cfg: Config) -> Path:
     import datasets
 
     cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
-    with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded"):
+    with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded", "check the name and the network"):
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
     split = next(iter(splits)) if len(splits) == 1 else "train"
     require(split in splits, f"--dataset_name {cfg.dataset_name} has no train split, only {', '.join(splits)}")
@@ -906,8 +906,9 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
                 f"bucket {name} has fewer images than a batch of {size} and waits for later epochs to fill one; a "
                 "smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
             )
-        enlarged = [str(sample.path) for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
-        notes += [f"upscaled to {name}: {', '.join(enlarged[:5])}"] * bool(enlarged)
+        small = [sample for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
+        files = [str(sample.path) for sample in sorted(small, key=lambda sample: math.prod(sample.size))]
+        notes += [f"upscaled to {name}: {', '.join(files[:5])}{', ...' * (len(files) > 5)}"] * bool(files)
     notes += ["the run is shorter than one epoch: not every image will be seen"] * is_short[False]
     steps = (
         f"steps: {last:,} x {schedule.total_batch} (batch {cfg.train_batch_size} x processes "
@@ -1320,7 +1321,7 @@ def find_model(cfg: Config) -> Path:
     weights = "*.safetensors" if cfg.variant is None else f"*.{cfg.variant}[.-]*safetensors"
     parts = ["*.json", "tokenizer/*", *(f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer"))]
     problem = f"--pretrained_model_name_or_path {name} is not a local folder and cannot be downloaded"
-    with PartialState().local_main_process_first(), explained(problem):
+    with PartialState().local_main_process_first(), explained(problem, "check the name and the network"):
         folder = snapshot_download(
             name, revision=cfg.revision, cache_dir=cfg.cache_dir, token=cfg.hub_token, allow_patterns=parts
         )
@@ -1986,7 +1987,7 @@ def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
             probe = nn.Parameter(torch.zeros(4096, device=device))
             probe.grad = torch.zeros_like(probe)
             make_optimizer([probe], cfg).step()
-    with explained(f"--attention_backend {cfg.attention}", "it does not support training here; remove the flag"):
+    with explained(f"--attention_backend {cfg.attention}", "it does not work here; remove the flag"):
         empty.set_attention_backend(cfg.attention)
         query = torch.ones(1, 32, 2, 64, dtype=dtype, device=device, requires_grad=True)
         dispatch_attention_fn(query, query, query).sum().backward()
@@ -2340,7 +2341,7 @@ def push(cfg: Config, repository: str) -> None:
 def describe_results(cfg: Config, file: Path) -> list[str]:
     """Describe where the results are, and how many steps were skipped."""
     metrics, images = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
-    lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"images    {images}"] * images.is_dir()
+    lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"images    {images}"] * any(images.glob("*/sheet.png"))
     skipped = metrics.read_text(encoding="utf-8").count('"is_skipped": true')
     lines += [f"warning: {skipped} steps were skipped because the loss or gradient was not finite"] * bool(skipped)
     return lines + DEMO_FAREWELL.format(script=Path(sys.argv[0]).name).splitlines() * cfg.demo
@@ -2475,7 +2476,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
     is_there = "all" in names or len(accelerator.log_with) == len(names)
     require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
-    require(int(started) == seen, f"accelerate configuration: accelerate sees {seen} of {started} started processes")
+    problem = f"accelerate configuration: accelerate sees {seen} of {started} started processes"
+    require(int(started) == seen, f"{problem}; torch must see a GPU for each of them")
     torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
     return accelerator
 
@@ -2485,7 +2487,7 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
     output, logs = Path(cfg.output_dir), Path(cfg.output_dir, cfg.logging_dir)
     if cfg.trackers:
         settings = {name: v if isinstance(v, (int, float)) else str(v) for name, v in shareable_settings(cfg).items()}
-        with explained(f"--report_to {cfg.report_to} cannot start", "for wandb, run `wandb login`"):
+        with explained(f"--report_to {cfg.report_to} cannot start", "for wandb: `wandb login` or WANDB_MODE=offline"):
             logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
             accelerator.init_trackers("dreambooth-z-image-lora", settings, init_kwargs={"wandb": {"dir": str(logs)}})
     if accelerator.is_main_process:
@@ -2499,6 +2501,8 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
                 remove_checkpoint(folder)
         for path in stale:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                path.parent.rmdir()
         save_config(cfg)
     accelerator.wait_for_everyone()
 
