@@ -714,6 +714,13 @@ def test_advice(changes, words, make_config):
     assert len(lines) == 1 and words in lines[0]
 
 
+def test_a_blank_token_hides_nothing(make_config, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", " ")
+    assert z.redact("an error", make_config()) == "an error"
+    monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
+    assert z.redact("hf_secret, hf_secret\n", make_config()) == "***, ***\n"
+
+
 def test_advice_names_a_precision_that_does_not_count(make_config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert any("fp8" in line for line in z.advice(make_config()))
@@ -870,6 +877,28 @@ def test_a_good_image_is_decoded_only_once(make_config, images, monkeypatch, tmp
     planned = z.plan_samples(cfg)
     monkeypatch.setattr(z, "load_image", lambda path: pytest.fail(f"{path} was decoded again"))
     assert z.plan_samples(cfg) == planned and planned[-1].size == (64, 96) and len(planned) == 6
+
+
+def test_a_damaged_record_of_a_size_is_made_again(make_config, images, tmp_path):
+    cfg = make_config(cache_dir=str(tmp_path / "fresh"), use_aspect_ratio_buckets=True)
+    draw(images / "wide.png", (96, 128))
+    planned = z.plan_samples(cfg)
+    for record in (tmp_path / "fresh").rglob("sizes/*"):
+        record.write_bytes(record.read_bytes().replace(b"128", b"12").replace(b"64", b"46"))
+    assert z.plan_samples(cfg) == planned
+
+
+def test_an_image_that_may_not_be_read_is_named(make_config, images, monkeypatch, capsys):
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path == images / "1.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert len(z.plan_samples(make_config())) == 4
+    assert re.search(r"warning: .*Permission denied: '\S+1.png'; skipped", capsys.readouterr().out)
 
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -1066,6 +1095,21 @@ def test_the_plan_names_the_smallest_of_the_images_to_upscale(make_config):
     assert "upscaled to 32 x 32: 5.png, 4.png, 3.png, 2.png, 1.png, ..." in lines
 
 
+def test_validations_are_counted_without_replaying_the_run(make_config):
+    """As many as `is_validation_step` says, also for a run that ends by the clock after 10^9 steps."""
+    samples = [sample(n) for n in range(5)]
+    changes = {"validation_prompt": ("a",), "num_validation_images": 1, "skip_final_inference": True}
+    for last, first, epochs, batch in itertools.product((1, 2, 9, 40), (0, 1, 7), (1, 2, 3), (1, 3, 8)):
+        cfg = make_config(**changes, max_train_steps=last, validation_epochs=epochs, train_batch_size=batch)
+        schedule = z.make_schedule(cfg, samples, 1, min(first, last))
+        steps = range(schedule.first_step + (schedule.first_step > 0), last)
+        expected = sum(map(schedule.is_validation_step, steps))
+        line = "".join(z.describe_sampling(samples, cfg, schedule))
+        assert (f"validation: {expected} x 1 images" in line) if expected else line == "", (last, first, epochs, batch)
+    cfg = make_config(**changes, max_train_steps=10**9, validation_steps=10)
+    assert "validation: 100000000 x 1" in "".join(z.describe_sampling(samples, cfg, z.make_schedule(cfg, samples)))
+
+
 def test_a_long_run_is_planned_from_its_first_part(make_config):
     samples, cfg = [sample(n) for n in range(5)], make_config(max_train_steps=10**9)
     views = z.count_views(samples, cfg, z.make_schedule(cfg, samples, 1))
@@ -1124,6 +1168,10 @@ def test_dataset_folder(make_config, tmp_path, capsys):
     cfg = make_config(**changes, caption_column="words")
     samples = z.plan_samples(cfg)
     assert sorted((s.prompt, s.size) for s in samples) == [(f"caption {n}", (40, 40 + n)) for n in range(3)]
+    (exported,) = (tmp_path / "cache").rglob("datasets/*/metadata.jsonl")
+    exported.write_text("")
+    draw(next(exported.parent.glob("000001-*")), (70, 70))
+    assert z.plan_samples(cfg) == samples, "what is damaged is written again"
     cfg = make_config(**changes)
     assert {s.prompt for s in z.plan_samples(cfg)} == {"a photo of sks dog"}
     assert "captions are not used; to use them, set --caption_column to words" in capsys.readouterr().out
@@ -1199,6 +1247,18 @@ MISTAKES = {
         or (w / "out" / "checkpoint-500" / "pytorch_lora_weights.safetensors").write_text("x")
         and (w / "out" / "checkpoint-500" / "optimizer.bin").write_text("x") and [],
         "--output_dir out contains checkpoint-500, not written by this script",
+    ),
+    "a LoRA of another program": (
+        lambda w: (w / "out" / "checkpoint-500").mkdir(parents=True)
+        or (w / "out" / "checkpoint-500" / "pytorch_lora_weights.safetensors").write_text("x") and [],
+        "--output_dir out contains checkpoint-500, not written by this script",
+    ),
+    "logs in a checkpoint": (lambda w: ["--logging_dir=checkpoint-5/a"], "checkpoint-5/a is a name that the run"),
+    "logs in what is set aside": (lambda w: ["--logging_dir=./superseded-checkpoint-5-a"], "is a name that the run"),
+    "logs under the name of a file": (lambda w: ["--logging_dir=README.md"], "README.md is a name that the run"),
+    "index without a map": (
+        lambda w: (w / "model" / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}") and [],
+        "model/vae/diffusion_pytorch_model.safetensors.index.json is damaged",
     ),
     "checkpoint that is a link": (
         lambda w: (w / "elsewhere").mkdir() or (w / "elsewhere" / "state.safetensors").write_text("x")
@@ -1286,6 +1346,17 @@ MISTAKES = {
 }  # fmt: skip
 
 
+def test_a_demo_writes_nothing_into_a_folder_it_may_not_use(tmp_path, make_config):
+    out = tmp_path / "out"
+    run(make_config(max_train_steps=1))
+    z.write_file(out / "demo-images" / "badge-0.png", b"mine")
+    with pytest.raises(UserError, match="out contains another run"):
+        run(parse_config(["--demo", f"--output_dir={out}", "--mixed_precision=no"]))
+    assert (out / "demo-images" / "badge-0.png").read_bytes() == b"mine" and not (out / "demo-model").exists()
+    with pytest.raises(UserError, match="badge-0.png cannot be used: .*; choose another folder"):
+        run(make_config(output_dir=str(out / "demo-images" / "badge-0.png")))
+
+
 def test_nothing_is_planned_checked_or_described_twice(make_config, monkeypatch):
     """One plan: made by the script's guard and handed to main, or by main itself in a notebook."""
     cfg = make_config(max_train_steps=1)
@@ -1355,7 +1426,7 @@ def test_what_only_one_process_suffers_is_not_silent(make_config, monkeypatch, c
         ({}, {"FSDP_VERSION": "1"}, "only fsdp_version: 2 is supported"),
         ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "only fsdp_offload_params: false"),
         ({}, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "only fsdp_cpu_ram_efficient_loading: false"),
-        ({"lora_dropout": 0.1}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--lora_dropout would be sampled again"),
+        ({"lora_dropout": 0.1}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "would sample --lora_dropout twice"),
         ({"quantization": "int8"}, {}, "FSDP does not support --quantization"),
         ({"do_fp8_training": True}, {}, "FSDP does not support --do_fp8_training"),
         ({"bnb_quantization_config_path": "nf4.json"}, {}, "FSDP does not support --bnb_quantization_config_path"),
@@ -2169,7 +2240,7 @@ def test_bitsandbytes_without_a_gpu_gets_a_sentence(make_config, model, tmp_path
     (tmp_path / "bnb.json").write_text(JSONS[0])
     (tmp_path / "odd.json").write_text('{"load_in_4bit": true, "double": true}')
     with pytest.raises(
-        UserError, match="odd.json: unknown settings double; BitsAndBytesConfig has load_in_8bit, load_in_4bit, "
+        UserError, match="--bnb_quantization_config_path: unknown double; there are load_in_8bit, load_in_4bit, "
     ):
         z.check_hardware(
             make_config(bnb_quantization_config_path=str(tmp_path / "odd.json")), z.make_empty_transformer(model)
@@ -2312,7 +2383,7 @@ def test_shift_is_the_schedulers(model, make_config, tmp_path):
     assert z.read_timestep_shift(make_config(timestep_shift="2.5"), model) == 2.5
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "m" / "scheduler")
     with pytest.raises(
-        UserError, match="--timestep_shift scheduler: the shift of this model depends on the image size"
+        UserError, match="--timestep_shift scheduler: this model has no shift that fits all image sizes"
     ):
         z.read_timestep_shift(make_config(timestep_shift="scheduler"), tmp_path / "m")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
@@ -2512,9 +2583,10 @@ def test_a_checkpoint_without_its_state_is_none(make_config, tmp_path, capsys):
     run(cfg)
     out, expected = tmp_path / "out", (lora_bytes(cfg), losses_of(cfg))
     (out / "checkpoint-3" / "state.safetensors").unlink()
-    flip_a_bit(out / "checkpoint-3" / "pytorch_lora_weights.safetensors")
     (out / "checkpoint-3" / f".z-image-{'ab' * 16}.tmp").write_bytes(b"half")
     (out / "checkpoint-4").mkdir()
+    with pytest.raises(UserError, match="out contains another run"):
+        run(cfg)  # would overwrite a LoRA that is ready to use
     run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
     assert "checkpoint-2, after step 2" in capsys.readouterr().out and (lora_bytes(cfg), losses_of(cfg)) == expected
     files = {path.name for path in (out / "checkpoint-3").iterdir()}
@@ -2745,7 +2817,7 @@ def test_processes_that_do_not_see_each_other_are_refused(make_config, monkeypat
     monkeypatch.setenv(
         "WORLD_SIZE", "2"
     )  # as with FSDP and use_cpu: true, for which accelerate starts two runs of one
-    with pytest.raises(UserError, match="accelerate configuration: accelerate sees 1 of 2 started processes"):
+    with pytest.raises(UserError, match="accelerate sees 1 of 2 processes; torch must see a GPU for each"):
         z.make_accelerator(make_config())
 
 
@@ -3804,6 +3876,21 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
     }  # fmt: skip
     left = sorted(path.name for path in (tmp_path / "out" / "validation").rglob("*"))
     assert left == ["1-mine-2.png", "mine.png", "step-000000"], "a folder that is empty goes, too"
+
+
+def test_overwriting_follows_no_link_and_spares_other_names(make_config, tmp_path):
+    out, cfg = tmp_path / "out", make_config(max_train_steps=1)
+    run(cfg)
+    mine = shutil.copytree(out / "checkpoint-1", tmp_path / "mine")
+    (out / "superseded-checkpoint-1-deadbeef").symlink_to(mine)
+    z.write_file(out / "superseded-checkpoint-mine" / "notes.txt", b"keep")
+    z.write_file(out / "superseded-checkpoint-1-0123abcd" / "state.safetensors", b"old")
+    shutil.copytree(out / "checkpoint-1", out / "checkpoint-7")
+    (out / "checkpoint-7" / "state.safetensors").unlink()
+    run(dataclasses.replace(cfg, overwrite_output_dir=True))
+    assert {path.name for path in mine.iterdir()} == {"state.safetensors", "pytorch_lora_weights.safetensors"}
+    left = {path.name for path in out.glob("*checkpoint*")}
+    assert left == {"checkpoint-1", "superseded-checkpoint-1-deadbeef", "superseded-checkpoint-mine"}
 
 
 def test_wandb(workplace, model):

@@ -597,8 +597,8 @@ def redact(text: str, cfg: Config) -> str:
     """Replace secrets from flags and from the environment with asterisks in whatever is printed, logged, or sent."""
     secrets = [getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.metadata["is_secret"]]
     secrets += [os.environ.get(name) for name in ("HF_TOKEN", "WANDB_API_KEY")]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***").replace(secret.strip(), "***")
+    for secret in filter(None, (secret.strip() for secret in secrets if secret)):
+        text = text.replace(secret, "***")
     return text
 
 
@@ -710,13 +710,13 @@ def cache_file(folder: Path, kind: str, *ingredients: Any) -> Path:
 def measure(path: Path, digest: str, cfg: Config) -> tuple[int, int]:
     """Return (height, width); decodes each image once, to know that it is intact. Raises UserError if it is not."""
     memo = cache_file(cfg.encodings_folder, "sizes", digest)
-    size = re.fullmatch(rb"([1-9]\d*) x ([1-9]\d*)", memo.read_bytes() if memo.is_file() else b"")
-    if size is not None:
-        return int(size[1]), int(size[2])
-    with explained(f"{path} is damaged or not an image"):
-        width, height = load_image(path).size
-    write_file(memo, f"{height} x {width}".encode())
-    return height, width
+    size = read_sealed(memo)
+    if size is None:
+        with explained(f"{path} is damaged or not an image"):
+            width, height = load_image(path).size
+        size = {"height": str(height), "width": str(width)}
+        write_file(memo, seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
+    return int(size["height"]), int(size["width"])
 
 
 def make_buckets(resolution: int) -> list[tuple[int, int]]:
@@ -762,12 +762,12 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
     if others:
         say(f"ignored: {names}" + " (convert HEIC images first, for example to JPEG)" * is_apple)
     for path in images:
-        digest = sha256(path.read_bytes())
         try:
+            digest = sha256(path.read_bytes())
             size = measure(path, digest, cfg)
             bucket = choose_bucket(size, cfg)
             require(bucket is not None, f"{path} is too small for any bucket ({size[0]} x {size[1]})")
-        except UserError as error:
+        except (UserError, OSError) as error:
             say(f"warning: {error}; skipped")
             continue
         caption = read_caption(path, captions)
@@ -825,7 +825,7 @@ def export_dataset(cfg: Config) -> Path:
     metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     folder = cfg.encodings_folder / "datasets" / sha256(metadata)
     for name, content in zip([*names, "metadata.jsonl"], [*contents, metadata]):
-        if not (folder / name).exists():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             write_file(folder / name, content)
     return folder
 
@@ -921,8 +921,9 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
 
 def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
     """Describe how many images are generated, and their share of the work, in forward passes x pixels."""
-    steps = range(schedule.first_step + (schedule.first_step > 0), schedule.max_train_steps)
-    times = sum(map(schedule.is_validation_step, steps)) if cfg.validation_prompt else 0
+    first, end, total = schedule.first_step, schedule.max_train_steps - 1, schedule.total_batch
+    intervals = end * total // schedule.validation_interval - first * total // schedule.validation_interval
+    times = (first == 0) + max(0, min(intervals, end - first)) if cfg.validation_prompt else 0
     times += bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
     images = len(cfg.validation_prompt or "1") * cfg.num_validation_images
     missing = sum(not sample.digest for sample in samples)
@@ -931,7 +932,7 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
     sampling = times * images * each * side**2
     cost = 3 if cfg.gradient_checkpointing else 2  # forward, backward to the inputs only, forward again
-    training = (schedule.max_train_steps - schedule.first_step) * schedule.total_batch * area * cost
+    training = (end + 1 - first) * total * area * cost
     generating = f"class images to generate first: {missing}, in {missing * each:,} forward passes"
     line = (
         f"validation: {times} x {images} images of {side} x {side}, {cfg.num_inference_steps} steps each"
@@ -987,6 +988,12 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         return None
 
 
+def is_half_checkpoint(path: Path) -> bool:
+    """Tell whether a folder is what a run left that was killed while writing or removing: our LoRA at most."""
+    names = {file.name for file in path.glob("[!.]*")} if path.is_dir() and not path.is_symlink() else {"a file"}
+    return not names or (names == {LORA_FILE} and read_sealed(path / LORA_FILE) is not None)
+
+
 def find_checkpoint(cfg: Config) -> Checkpoint | None:
     """Resolve `--resume_from_checkpoint`: a folder anywhere, or the newest intact one here; None for a fresh start."""
     name, output = cfg.resume_from_checkpoint, Path(cfg.output_dir)
@@ -1021,14 +1028,16 @@ def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
         require(is_folder, f"--output_dir {output}: {path} is not a folder; choose another")
     settings, checkpoints = read_own_config(output), list_checkpoints(output)
     present = [name for name in RUN_FILES if os.path.lexists(output / name)]
-    foreign = [] if settings or checkpoints else present
-    for path in sorted(output.glob("checkpoint-*")):
-        if re.fullmatch(r"checkpoint-\d+", path.name) and path not in checkpoints:
-            is_half = path.is_dir() and {file.name for file in path.glob("[!.]*")} <= {LORA_FILE}  # a run was killed
-            foreign += [] if is_half else [path.name]
+    numbered = [path for path in sorted(output.glob("checkpoint-*")) if re.fullmatch(r"checkpoint-\d+", path.name)]
+    rest = [path for path in numbered if path not in checkpoints]
+    foreign = ([] if settings else present) + [path.name for path in rest if not is_half_checkpoint(path)]
     names = ", ".join(foreign)
     require(not foreign, f"--output_dir {output} contains {names}, not written by this script; choose another")
+    logs = os.path.normpath(cfg.logging_dir).split(os.sep)[0]
+    is_own = logs in (*RUN_FILES, "validation", ".lock") or re.match(r"(superseded-)?checkpoint-\d", logs)
+    require(not is_own, f"--logging_dir {cfg.logging_dir} is a name that the run itself uses; choose another")
     has_steps = "metrics.jsonl" in present and (output / "metrics.jsonl").stat().st_size > 0
+    has_steps |= any((path / LORA_FILE).exists() for path in rest)
     is_begun = bool(checkpoints) or LORA_FILE in present or (has_steps and cfg.resume_from_checkpoint != "latest")
     is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
     is_demo = cfg.demo and settings.get("demo") is True
@@ -1055,12 +1064,13 @@ def hold_output(output: Path) -> contextlib.AbstractContextManager[Any]:
     if os.environ.get("RANK", "0") != "0":
         return contextlib.nullcontext()
     holder = output / ".lock-holder"
-    try:
-        held = FileLock(output / ".lock", blocking=False).acquire()
-    except Timeout as error:
-        who = read_text(holder) if holder.is_file() else "another process"
-        raise UserError(f"--output_dir {output} is in use by {who}; wait for it, or choose another folder") from error
-    write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    with explained(f"--output_dir {output} cannot be used", "choose another folder"):
+        try:
+            held = FileLock(output / ".lock", blocking=False).acquire()
+        except Timeout as error:
+            who = read_text(holder) if holder.is_file() else "another process"
+            raise UserError(f"--output_dir {output} is in use by {who}; wait for it, or choose another") from error
+        write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return held
 
 
@@ -1097,7 +1107,8 @@ def check_components(model: Path, variant: str | None) -> None:
         for path in sorted((model / component).glob("*.json")):
             content, is_index = read_json_object(str(path), path), path.match("*.index.json")
             is_index = path.match(f"*.index.{variant}.json") if variant else is_index
-            shards = set(content["weight_map"].values()) if is_index else set()
+            with explained(f"{path} is damaged", advice):
+                shards = set(content["weight_map"].values()) if is_index else set()
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
             require(not missing, f"{model}/{component} is missing {', '.join(missing)}; {advice}")
     vocabularies = [model / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
@@ -1109,10 +1120,8 @@ def check_model(cfg: Config) -> None:
     name = cfg.pretrained_model_name_or_path
     if os.path.exists(name):
         return check_components(Path(name), cfg.variant)
-    require(
-        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith("."),
-        f"--pretrained_model_name_or_path {name} does not exist and is not a Hub name such as Tongyi-MAI/Z-Image",
-    )
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
+    require(is_name, f"--pretrained_model_name_or_path {name} does not exist and is not a Hub name (USER/MODEL)")
 
 
 def check_packages(cfg: Config) -> None:
@@ -1139,11 +1148,8 @@ def check_launch(cfg: Config) -> None:
     for name, value in {"version": "2", "cpu_ram_efficient_loading": "false", "offload_params": "false"}.items():
         is_set = os.environ.get(f"FSDP_{name.upper()}", "1" if name == "version" else "false") == value
         require(is_set, f"{source} only fsdp_{name}: {value} is supported; change it there")
-    require(
-        cfg.lora_dropout == 0 or not uses_fsdp_checkpointing(),
-        "--lora_dropout would be sampled again when FSDP recomputes activations, which corrupts the gradient; "
-        "set fsdp_activation_checkpointing: false in the accelerate configuration, or remove the flag",
-    )
+    twice = "FSDP's activation checkpointing would sample --lora_dropout twice and corrupt the gradient; turn one off"
+    require(cfg.lora_dropout == 0 or not uses_fsdp_checkpointing(), twice)
     unsharded = {
         "--quantization": cfg.quantization, "--do_fp8_training": cfg.do_fp8_training,
         "--bnb_quantization_config_path": cfg.bnb_quantization_config_path,
@@ -1628,8 +1634,7 @@ def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
     else:
         given, known = read_bnb_settings(cfg), inspect.signature(BitsAndBytesConfig).parameters
         unknown = ", ".join(sorted(set(given) - set(known)))
-        source = f"--bnb_quantization_config_path {cfg.bnb_quantization_config_path}"
-        require(not unknown, f"{source}: unknown settings {unknown}; BitsAndBytesConfig has {', '.join(known)}")
+        require(not unknown, f"--bnb_quantization_config_path: unknown {unknown}; there are {', '.join(known)}")
         given = given or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         config = BitsAndBytesConfig(**{"llm_int8_skip_modules": outside} | given | {"bnb_4bit_compute_dtype": dtype})
     return {"quantization_config": config, "device_map": None if device.type == "cpu" else {"": device}}
@@ -1689,11 +1694,9 @@ def check_sizes(cfg: Config, samples: list[Sample], empty: ZImageTransformer2DMo
     require(fits, f"--max_sequence_length {length} is too large for this model, which has {frames} positions; use 512")
     side = cfg.validation_resolution or cfg.training_side
     for height, width in {(side, side), *(sample.bucket for sample in samples)}:
-        require(
-            height <= 16 * rows and width <= 16 * columns,
-            f"{height} x {width} is too large for this model, which supports {16 * rows} x {16 * columns} pixels; "
-            "lower --resolution, --aspect_ratio_buckets, or --validation_resolution",
-        )
+        limit = f"{height} x {width} is too large for this model, which supports {16 * rows} x {16 * columns} pixels"
+        remedy = "lower --resolution, --aspect_ratio_buckets, or --validation_resolution"
+        require(height <= 16 * rows and width <= 16 * columns, f"{limit}; {remedy}")
 
 
 def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Config) -> list[nn.Parameter]:
@@ -1794,8 +1797,8 @@ def read_timestep_shift(cfg: Config, model: Path) -> float:
     if cfg.timestep_shift != "scheduler":
         return float(cfg.timestep_shift)
     settings = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")
-    is_static = not settings.get("use_dynamic_shifting", False)
-    require(is_static, "--timestep_shift scheduler: the shift of this model depends on the image size; use a number")
+    is_static = "shift" in settings and not settings.get("use_dynamic_shifting", False)
+    require(is_static, "--timestep_shift scheduler: this model has no shift that fits all image sizes; use a number")
     return settings["shift"]
 
 
@@ -1973,11 +1976,8 @@ def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
     """Reject settings that this machine does not support."""
     device, dtype = PartialState().device, DTYPES[cfg.mixed_precision]
     is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
-    require(
-        not (cfg.do_fp8_training and is_old),
-        "--do_fp8_training needs a GPU with compute capability 8.9 or higher (Ada, Hopper, or later); "
-        "--quantization fp8 stores the weights in 8 bits on any GPU",
-    )
+    limit = "--do_fp8_training needs a GPU with compute capability 8.9 or higher; --quantization fp8 runs on any GPU"
+    require(not (cfg.do_fp8_training and is_old), limit)
     with explained("the frozen weights cannot be quantized here", "--quantization int8 and fp8 work everywhere"):
         options = quantization_options(cfg, dtype)
         if options:
@@ -2363,10 +2363,8 @@ from diffusers import ZImagePipeline
 pipe = ZImagePipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder")
 generator = torch.Generator().manual_seed({cfg.seed})
-image = pipe(
-    prompt={prompt}, height={side}, width={side}, num_inference_steps={cfg.num_inference_steps},
-    guidance_scale={cfg.guidance_scale}, generator=generator,
-).images[0]
+options = {{"num_inference_steps": {cfg.num_inference_steps}, "guidance_scale": {cfg.guidance_scale}}}
+image = pipe({prompt}, height={side}, width={side}, generator=generator, **options).images[0]
 image.save("output.png")
 ```
 
@@ -2382,8 +2380,7 @@ That was a tiny random model. To train the real one on your own images, with a G
 
 accelerate launch {script} \\
   --pretrained_model_name_or_path=Tongyi-MAI/Z-Image --instance_data_dir=dog --instance_prompt="a photo of sks dog" \\
-  --output_dir=trained-z-image-lora --gradient_checkpointing --cache_latents --max_train_steps=1500 \\
-  --validation_prompt="A photo of sks dog in a bucket"
+  --output_dir=my-first-lora --gradient_checkpointing --cache_latents --validation_prompt="sks dog in a bucket"
 """
 
 
@@ -2476,8 +2473,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
     is_there = "all" in names or len(accelerator.log_with) == len(names)
     require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
-    problem = f"accelerate configuration: accelerate sees {seen} of {started} started processes"
-    require(int(started) == seen, f"{problem}; torch must see a GPU for each of them")
+    require(int(started) == seen, f"accelerate sees {seen} of {started} processes; torch must see a GPU for each")
     torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
     return accelerator
 
@@ -2497,8 +2493,10 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
             images = output.glob("validation/step-*/*.png")
             stale += [path for path in images if re.fullmatch(r"\d+-\d+|sheet", path.stem)]
             stale += [output / name for name in RUN_FILES]
-            for folder in (*list_checkpoints(output), *output.glob("superseded-checkpoint-*")):
-                remove_checkpoint(folder)
+            folders = [*list_checkpoints(output), *filter(is_half_checkpoint, output.glob("checkpoint-*[0-9]"))]
+            for folder in (*folders, *output.glob("superseded-checkpoint-*-????????")):
+                if not folder.is_symlink():
+                    remove_checkpoint(folder)
         for path in stale:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a folder that is not empty stays
@@ -2589,6 +2587,7 @@ def main(cfg: Config, plan: Plan | None = None) -> Path:
     with hold_output(Path(cfg.output_dir)):
         accelerator = make_accelerator(cfg)
         if cfg.demo:
+            check_output(cfg, find_checkpoint(cfg))  # before anything is written there
             make_demo(cfg)
         return run_all(cfg, plan or make_plan(cfg), accelerator)
 
