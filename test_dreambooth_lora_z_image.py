@@ -2585,8 +2585,6 @@ def test_a_checkpoint_without_its_state_is_none(make_config, tmp_path, capsys):
     (out / "checkpoint-3" / "state.safetensors").unlink()
     (out / "checkpoint-3" / f".z-image-{'ab' * 16}.tmp").write_bytes(b"half")
     (out / "checkpoint-4").mkdir()
-    with pytest.raises(UserError, match="out contains another run"):
-        run(cfg)  # would overwrite a LoRA that is ready to use
     run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
     assert "checkpoint-2, after step 2" in capsys.readouterr().out and (lora_bytes(cfg), losses_of(cfg)) == expected
     files = {path.name for path in (out / "checkpoint-3").iterdir()}
@@ -2594,6 +2592,16 @@ def test_a_checkpoint_without_its_state_is_none(make_config, tmp_path, capsys):
         out / "checkpoint-3"
     )
     assert z.read_sealed(out / "checkpoint-3" / "pytorch_lora_weights.safetensors") is not None
+
+
+def test_a_lora_without_a_state_is_not_overwritten_by_a_fresh_run(make_config, tmp_path):
+    """Someone may have kept the LoRAs, which are ready to use, and removed the large states."""
+    cfg, kept = make_config(max_train_steps=1), tmp_path / "kept" / "checkpoint-1"
+    run(cfg)
+    shutil.copytree(tmp_path / "out" / "checkpoint-1", kept)
+    (kept / "state.safetensors").unlink()
+    with pytest.raises(UserError, match="kept contains another run"):
+        run(dataclasses.replace(cfg, output_dir=str(tmp_path / "kept")))
 
 
 def test_the_state_makes_a_checkpoint_whole(make_config, tmp_path, monkeypatch):
