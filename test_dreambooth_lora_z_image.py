@@ -2173,9 +2173,13 @@ def test_a_quantized_model_is_read_from_shards_and_its_gaps_are_named(model, mak
     save_file({name: torch.ones(3) for name in tensors}, first, {"format": "pt"})
     with pytest.raises(UserError, match=r"transformer cannot be loaded: "):
         z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16)
+    name = next(name for name in tensors if "layers.0" in name or "refiner.0" in name)
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, first, {"format": "pt"})
+    with pytest.raises(UserError, match=f"transformer has no weights for {name}; download it again"):
+        z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16)
     save_file(tensors, first, {"format": "pt"})
     second.unlink()
-    with pytest.raises(UserError, match="transformer cannot be loaded|transformer has no weights for"):
+    with pytest.raises(UserError, match=f"transformer cannot be loaded: .*{second.name}"):
         z.load_transformer(tmp_path / "m", make_config(quantization="int8"), torch.bfloat16)
 
 
@@ -2844,6 +2848,16 @@ def test_one_step_can_be_taken_by_hand(model, make_config):
     metrics = next(z.train(make_run(cfg, transformer, optimizer, accelerator), batches))
     assert list(metrics) == ["step", "loss", "grad_norm", "lr", "seconds"]
     assert metrics["step"] == 1 and metrics["loss"] > 0
+
+
+def test_the_optimizer_steps_at_the_scheduled_rate(model, make_config):
+    cfg = make_config(lr_scheduler="linear", max_train_steps=4, gradient_accumulation_steps=1)
+    accelerator = z.make_accelerator(cfg)
+    transformer, parameters = with_lora(model, cfg)
+    transformer, optimizer = accelerator.prepare(transformer, z.make_optimizer(parameters, cfg))
+    steps = z.train(make_run(cfg, transformer, optimizer, accelerator), itertools.repeat(make_batch()))
+    rates = [optimizer.param_groups[0]["lr"] for _ in steps]
+    assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 
 RULES = {"lr_step_rules": "1:3,0.1:6,0.01"}
