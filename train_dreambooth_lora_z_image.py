@@ -35,10 +35,14 @@ resumed run sees the same images, noise, and learning rates as one that never st
 bytes. A run on more processes with the same total batch follows the same loss curve up to rounding (without dropout).
 """
 
+import _thread
 import argparse
+import atexit
 import collections
 import contextlib
+import csv
 import dataclasses
+import errno
 import gc
 import hashlib
 import importlib.metadata
@@ -49,6 +53,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -56,9 +61,11 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import typing
+import unicodedata
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +75,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout  # torch depends on it
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 
@@ -79,6 +87,9 @@ from tqdm.auto import tqdm
 
 class UserError(ValueError):
     """An error that the user can fix: one sentence that names the flag or file and the remedy."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(re.sub(r"(?s)^Caught .*\n\S*UserError: ", "", sentence.strip()))  # by a data loader's process
 
 
 class Stopped(KeyboardInterrupt):
@@ -108,14 +119,23 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Escape newlines, terminal codes, and lone surrogates, which file names can contain."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    """Escape newlines, terminal codes, and whatever standard output cannot encode, as in file names."""
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(*lines: str, everywhere: bool = False) -> None:
     """Print lines from the first process (or from all), without breaking a progress bar."""
     for line in lines if everywhere or os.environ.get("RANK", "0") == "0" else ():
         tqdm.write(printable(line), file=sys.stdout)
+
+
+def progress_bar(items: Iterable[Any], title: str, **options: Any) -> tqdm:
+    """Show a progress bar on the first process while iterating."""
+    seconds = 0.1 if sys.stderr.isatty() else 10  # fewer lines in a log file
+    quiet = os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
 
 def sha256(content: bytes) -> str:
@@ -143,11 +163,14 @@ def read_json_object(name: str, file: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder to disk (on Windows, which cannot open folders, a file only)."""
-    if path.is_file() or os.name != "nt":
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    """Flush a file, or a folder where the system can flush folders, to disk."""
+    is_file = path.is_file()
+    with contextlib.nullcontext() if is_file else contextlib.suppress(OSError):  # Windows, some network shares
+        descriptor = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -308,10 +331,10 @@ class Config:
     do_fp8_training: bool = flag(False, "Store and multiply weights in fp8; needs compute capability 8.9 or higher.")
     bnb_quantization_config_path: str | None = flag(None, "JSON file with a bitsandbytes configuration, 4 or 8 bits.")
     offload: bool = flag(False, "Keep the VAE in CPU memory; it is on the GPU only while in use.")
-    attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, flash, flex, ...")
+    attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, _native_cudnn, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
     allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
-    dataloader_num_workers: int = flag(0, "Data loading processes; 0 loads in the main process.", at_least=0)
+    dataloader_num_workers: int | None = flag(None, "Loader processes. Default: 2 if needed, else 0.", at_least=0)
     fsdp_text_encoder: bool = flag(False, "Accepted for compatibility; has no effect.")
 
     validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted, for images throughout training.")
@@ -330,7 +353,7 @@ class Config:
     upcast_before_saving: bool = flag(False, "Save the LoRA in fp32 instead of --mixed_precision.")
     logging_dir: str = flag("logs", "Folder for tracker files, inside --output_dir unless absolute.")
     report_to: str = flag("none", "Accelerate trackers, separated by commas: wandb, tensorboard, ...; or all.")
-    push_to_hub: bool = flag(False, "Upload LoRA, card, validation images, and config.json to the Hub.")
+    push_to_hub: bool = flag(False, "Upload the LoRA, the model card, and validation images to the Hub.")
     hub_model_id: str | None = flag(None, "Repository to upload to. Default: the name of --output_dir.")
     hub_token: str | None = flag(None, "Hub token. Default: that of `hf auth login` or HF_TOKEN.", is_secret=True)
     hub_private_repo: bool = flag(False, "Make the repository private if it is new.")
@@ -338,7 +361,10 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Reject invalid settings, naming the flags, before anything is loaded."""
+        """Expand `~` in paths; reject invalid settings, naming the flags, before anything is loaded."""
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not name.endswith("prompt"):
+                object.__setattr__(self, name, os.path.expanduser(value))
         for sentence in itertools.chain(misfits(self), contradictions(self)):
             raise UserError(sentence)
 
@@ -409,8 +435,6 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield "--pretrained_model_name_or_path is required: a folder, a Hub name such as Tongyi-MAI/Z-Image, or --demo"
     if (cfg.instance_data_dir is None) == (cfg.dataset_name is None):
         yield "give exactly one of --instance_data_dir and --dataset_name"
-    if cfg.caption_column is not None and cfg.dataset_name is None:
-        yield "--caption_column requires --dataset_name; in a folder, use NAME.txt files or metadata.jsonl"
     if cfg.with_prior_preservation and None in (cfg.class_data_dir, cfg.class_prompt):
         yield '--with_prior_preservation requires --class_data_dir and --class_prompt ("a photo of a dog")'
     for name in ("mixed_precision", "prior_generation_precision"):
@@ -463,12 +487,8 @@ def matches(value: Any, hint: Any) -> bool:
         return hint is bool
     if hint is float:
         return isinstance(value, (int, float)) and -1e300 < value < 1e300
-    return isinstance(value, hint) and (hint is not str or is_text(value))
-
-
-def is_text(value: str) -> bool:
-    """Tell whether a string can be encoded as UTF-8; Python decodes other bytes to lone surrogates."""
-    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
+    is_broken = hint is str and re.search("[\ud800-\udfff]", str(value))  # Python decodes bytes outside UTF-8 to these
+    return isinstance(value, hint) and not is_broken
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -491,7 +511,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
             parser.set_defaults(**demo_settings(parser.parse_known_args(argv)[0].output_dir))
         file = parser.parse_known_args(argv)[0].config
         if file is not None:
-            parser.set_defaults(**read_settings(file))
+            parser.set_defaults(**read_settings(file.expanduser()))
         values = vars(parser.parse_args(argv))
         del values["config"]
         return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
@@ -549,6 +569,12 @@ def advice(cfg: Config) -> Iterator[str]:
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank"):
         if getattr(cfg, name) is not None:
             yield f"--{name} is accepted for compatibility and has no effect"
+    if cfg.caption_column is not None and cfg.dataset_name is None:
+        yield "--caption_column has no effect without --dataset_name; in a folder, use NAME.txt files"
+    if cfg.num_train_epochs is not None and cfg.max_train_steps is not None:
+        yield "--num_train_epochs has no effect with --max_train_steps"
+    if cfg.validation_steps is not None and cfg.validation_epochs != Config.validation_epochs:
+        yield "--validation_epochs has no effect with --validation_steps"
     if cfg.fsdp_text_encoder:
         yield "--fsdp_text_encoder has no effect: the text encoder is freed before training"
     if cfg.has_8bit_state:
@@ -607,8 +633,17 @@ def redact(text: str, cfg: Config) -> str:
 # =====================================================================================================================
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-CAPTION_SUFFIXES = (".txt", ".caption")
+CAPTION_SUFFIXES, CAPTION_TABLES = (".txt", ".caption"), ("metadata.jsonl", "metadata.csv")
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+CACHE_VERSION = 3  # increase it when the same inputs give different encodings
+FOREIGN_FOLDER = re.compile(  # hidden; or of NAS systems, archives, photo managers, annotation tools, kohya's scripts
+    r"\..*|@eadir|@recycle|[#$]recycle(\.bin)?|#snapshot|lost\+found|__macosx|thumb(nail)?s|masks?|segmentation\w+|reg"
+)
+FOREIGN_ENDING = re.compile(r"[-_. ](mask(label)?|matte|alpha|depth|seg|thumb(nail)?)s?")  # after an image's name
+Example = tuple[int, int]  # an element of the endless stream: its position, and the index of its sample
 warnings.filterwarnings("ignore", module="PIL")  # about images that it reads anyway
+Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow rejects images of more than twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # also limits color profiles
 
 
 @dataclass(frozen=True)
@@ -622,13 +657,6 @@ class Sample:
     has_caption: bool
     is_prior: bool
     digest: str = ""  # SHA-256 of the file; empty for a class image that is yet to be generated
-
-
-class Example(NamedTuple):
-    """One element of the endless stream: its position, and the index of its sample."""
-
-    number: int
-    sample: int
 
 
 @dataclass(frozen=True)
@@ -649,40 +677,63 @@ class Schedule:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """List the files below a folder in sorted order; hidden folders are listed but not entered."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        found += [Path(parent, name) for name in names + [name for name in folders if name.startswith(".")]]
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """List the files below a folder in sorted order, through links; foreign folders are listed but not entered."""
+    found, entered = [], set()
+    for parent, inner, names in os.walk(folder, True, lambda error: say(f"warning: {error}; skipped"), True):
+        if os.path.realpath(parent) in entered:  # through a link
+            inner[:] = names = []
+        entered.add(os.path.realpath(parent))
+        foreign = [name for name in inner if FOREIGN_FOLDER.fullmatch(name.lower())]
+        found += [Path(parent, name) for name in names + foreign]
+        inner[:] = sorted(set(inner) - set(foreign))
     return sorted(found)
 
 
-def read_metadata(file: Path, images: set[Path]) -> dict[Path, str]:
-    """Read the captions in a metadata.jsonl. Raises UserError for an image that does not exist or a bad caption."""
-    captions = {}
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
+def identity(path: Path) -> str:
+    """Return the same string for all spellings of a path: relative, through links, with composed accents."""
+    return unicodedata.normalize("NFC", os.path.join(os.path.realpath(path.parent), path.name))
+
+
+def select_images(files: list[Path]) -> list[Path]:
+    """Select the images; leave out their masks and thumbnails, and point out names that suggest a mistake."""
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    images = [path for path in images if path.is_file()]  # reading a FIFO would never end
+    stems, pairs = {path.with_suffix("") for path in images}, collections.defaultdict(set)
+    for path in images:
+        match = re.fullmatch(r"(?s)(.+)([-_. ][^\W\d][^-_. ]*)", path.stem)
+        if match is not None and path.with_name(match[1]) in stems:
+            pairs[match[2].lower()].add(path)
+    foreign = set().union(*(paths for ending, paths in pairs.items() if FOREIGN_ENDING.fullmatch(ending)))
+    images = [path for path in images if path not in foreign]
+    for ending in [ending for ending, paths in pairs.items() if 2 * len(paths - foreign) >= len(images) > 2]:
+        say(f"note: half of the images are named like another one plus {ending}; remove them if they are not meant")
+    folders = [re.fullmatch(r"(\d{1,3})_(.+)", name) for name in sorted({path.parent.name for path in images})]
+    for match in filter(None, folders):  # of kohya's scripts
+        say(f"note: the folder name {match[0]} sets nothing; use --repeats {match[1]} --instance_prompt='{match[2]}'")
+    return images
+
+
+def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
+    """Read captions from a table. Raises UserError for an image that does not exist or a bad caption."""
+    captions, columns, known = {}, set(), {identity(path): path for path in images}
+    text = read_text(file)
+    rows = csv.DictReader(io.StringIO(text, newline="")) if file.suffix == ".csv" else text.split("\n")
+    for number, row in enumerate(rows, start=1):
+        place = f"{file}, row {number}"
+        if isinstance(row, str) and not row.strip():
             continue
-        place = f"{file}, line {number}"
-        with explained(f'{place} is not a JSON object with "file_name"', "fix or remove the line"):
-            row = json.loads(line)
-            image = Path(os.path.normpath(file.parent / row["file_name"]))
-        require(image in images, f"{place} lists {row['file_name']}, which is not an image there; fix the line")
-        caption = next((row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None), None)
+        with explained(f'{place} has no "file_name"', "fix or remove the row"):
+            row = json.loads(row) if isinstance(row, str) else row
+            image = known.get(identity(file.parent / row["file_name"]))
+        require(image is not None, f"{place} lists {row['file_name']}, which is not an image there; fix the row")
+        caption = next((row[key] for key in CAPTION_COLUMNS if row.get(key) is not None), None)
         if caption is not None:
-            is_caption = isinstance(caption, str) and is_text(caption)
-            require(is_caption, f"{place}: the caption {caption!r} is not text; put it in quotes")
+            require(matches(caption, str), f"{place}: the caption {caption!r} is not text; put it in quotes")
             captions[image] = caption.strip()
+        columns |= {str(key) for key, value in row.items() if isinstance(value, str)} - {"file_name"}
+    if columns and not captions:
+        say(f"note: {file} has no column {' or '.join(CAPTION_COLUMNS)}; rename {' or '.join(sorted(columns))}")
     return captions
-
-
-def read_caption(image: Path, metadata: dict[Path, str]) -> str | None:
-    """Find an image's own caption: NAME.txt, else NAME.caption, else metadata.jsonl."""
-    for suffix in CAPTION_SUFFIXES:
-        file = image.with_suffix(suffix)
-        if os.path.isfile(file):  # unlike Path.is_file, false for a name that is too long
-            return read_text(file).strip()
-    return metadata.get(image)
 
 
 def load_image(path: Path) -> Image.Image:
@@ -702,17 +753,18 @@ def load_image(path: Path) -> Image.Image:
     return white.convert("RGB")
 
 
-def cache_file(folder: Path, kind: str, *ingredients: Any) -> Path:
+def cache_file(cfg: Config, kind: str, *ingredients: Any) -> Path:
     """Name a cache file by a hash of its inputs, so that changed inputs miss the cache."""
-    return folder / kind / sha256(json.dumps(ingredients).encode())
+    name = sha256(json.dumps((CACHE_VERSION, *ingredients)).encode())
+    return cfg.encodings_folder / kind / f"{name}.safetensors"
 
 
 def measure(path: Path, digest: str, cfg: Config) -> tuple[int, int]:
     """Return (height, width); decodes each image once, to know that it is intact. Raises UserError if it is not."""
-    memo = cache_file(cfg.encodings_folder, "sizes", digest)
+    memo = cache_file(cfg, "sizes", digest)
     size = read_sealed(memo)
     if size is None:
-        with explained(f"{path} is damaged or not an image"):
+        with explained(f"{path} cannot be read as an image"):
             width, height = load_image(path).size
         size = {"height": str(height), "width": str(width)}
         write_file(memo, seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
@@ -748,34 +800,50 @@ def choose_bucket(size: tuple[int, int], cfg: Config) -> tuple[int, int] | None:
     return None
 
 
+def describe_ignored(files: list[Path]) -> list[str]:
+    """Name the files that are not used, with hints."""
+    suffixes, names = {path.suffix.lower() for path in files}, [path.name for path in files]
+    hints = ["convert HEIC images, for example to JPEG"] * bool(suffixes & {".heic", ".heif"})
+    hints += ["class images belong in --class_data_dir"] * ("reg" in names)
+    if suffixes & {".txt", ".caption", ".json", ".jsonl", ".csv"}:
+        hints.append("captions are read from NAME.txt, NAME.caption, metadata.jsonl, and metadata.csv")
+    hint = f" ({'; '.join(hints)})" * bool(hints)
+    return [f"ignored: {', '.join(names[:10])}{', ...' * (len(names) > 10)}{hint}"] * bool(names)
+
+
 def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -> list[Sample]:
     """Make samples from the images in a folder; report skipped files. Raises UserError for a bad caption."""
-    files, samples = find_files(Path(os.path.normpath(folder))), []
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
-    images = [path for path in images if path.is_file()]  # reading a FIFO would never end
-    tables = [path for path in files if path.name == "metadata.jsonl" and path.is_file()]
-    captions = {image: text for table in tables for image, text in read_metadata(table, set(images)).items()}
-    known = {*images, *tables, *(path.with_suffix(suffix) for path in images for suffix in CAPTION_SUFFIXES)}
-    others = [path for path in files if path not in known]
-    is_apple = any(path.suffix.lower() in (".heic", ".heif") for path in others)
-    names = ", ".join(path.name for path in others[:10]) + ", ..." * (len(others) > 10)
-    if others:
-        say(f"ignored: {names}" + " (convert HEIC images first, for example to JPEG)" * is_apple)
-    for path in images:
+    found, samples = find_files(Path(os.path.normpath(folder))), []
+    images = select_images(found)
+    tables = [path for path in found if path.name in CAPTION_TABLES and path.is_file()]
+    captions = {image: text for table in tables for image, text in read_metadata(table, images).items()}
+    texts = [path for suffix in reversed(CAPTION_SUFFIXES) for path in found if path.suffix.lower() == suffix]
+    texts = {identity(path.with_suffix("")): path for path in texts if path.is_file()}
+    texts = {path: texts.get(identity(path.with_suffix(""))) for path in images}  # of each image
+    say(*describe_ignored(sorted(set(found).difference(images, tables, texts.values()))))
+    for path in progress_bar(images, "reading images", delay=2):
         try:
-            digest = sha256(path.read_bytes())
+            content = path.read_bytes()
+            require(content[4:11] != b"ftyphei", f"{path} is a HEIC image; convert it to JPEG")
+            digest = sha256(content)
             size = measure(path, digest, cfg)
             bucket = choose_bucket(size, cfg)
             require(bucket is not None, f"{path} is too small for any bucket ({size[0]} x {size[1]})")
         except (UserError, OSError) as error:
             say(f"warning: {error}; skipped")
             continue
-        caption = read_caption(path, captions)
+        caption = captions.get(path) if texts[path] is None else read_text(texts[path]).strip()
         text = prompt if caption is None else caption
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
         samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest))
     return samples
+
+
+def trained_prompt(cfg: Config, samples: list[Sample]) -> str | None:
+    """Return `--instance_prompt` if any image is trained with it."""
+    is_used = any(not sample.has_caption and not sample.is_prior for sample in samples)
+    return cfg.instance_prompt if is_used else None
 
 
 def plan_samples(cfg: Config) -> list[Sample]:
@@ -784,7 +852,7 @@ def plan_samples(cfg: Config) -> list[Sample]:
     origin = f"--instance_data_dir {folder}" if cfg.dataset_name is None else f"--dataset_name {cfg.dataset_name}"
     require(folder.is_dir(), f"{origin} does not exist or is not a folder; specify the folder with your images")
     samples = scan_images(folder, cfg.instance_prompt, False, cfg)
-    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + " (HEIC must be converted)"
     require(bool(samples), f"{origin} contains no usable image; add some: {kinds}")
     samples += plan_class_images(cfg) if cfg.with_prior_preservation else []
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
@@ -843,15 +911,15 @@ def example_stream(samples: list[Sample], cfg: Config) -> Iterator[Example]:
     indices = shuffle_epochs(instances * cfg.repeats, "instance order", cfg.seed)
     if classes:
         indices = itertools.chain.from_iterable(zip(indices, shuffle_epochs(classes, "class order", cfg.seed)))
-    return (Example(number, sample) for number, sample in enumerate(indices))
+    return enumerate(indices)
 
 
 def micro_batches(samples: list[Sample], cfg: Config, size: int) -> Iterator[list[Example]]:
     """Group the stream into batches of one bucket each: yield a bucket's queue when it holds `size` examples."""
     queues: dict[tuple[int, int], list[Example]] = collections.defaultdict(list)
-    for example in example_stream(samples, cfg):
-        queue = queues[samples[example.sample].bucket]
-        queue.append(example)
+    for number, index in example_stream(samples, cfg):
+        queue = queues[samples[index].bucket]
+        queue.append((number, index))
         if len(queue) == size:
             yield queue[:]
             queue.clear()
@@ -874,7 +942,7 @@ def count_views(samples: list[Sample], cfg: Config, schedule: Schedule) -> colle
     total = schedule.max_train_steps * cfg.gradient_accumulation_steps
     replayed = min(total, math.ceil(500_000 / schedule.micro_batch))
     shown = itertools.islice(micro_batches(samples, cfg, schedule.micro_batch), replayed)
-    views = collections.Counter(example.sample for batch in shown for example in batch)
+    views = collections.Counter(index for batch in shown for _, index in batch)
     return collections.Counter({sample: round(count * total / replayed) for sample, count in views.items()})
 
 
@@ -902,17 +970,18 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         smallest = "{} x {}".format(*min((sample.size for sample in members), key=math.prod))
         lines.append(table.format(name, len(members), classes, captions, cfg.repeats, seen, smallest))
         if len(members) < size:
-            notes.append(
-                f"bucket {name} has fewer images than a batch of {size} and waits for later epochs to fill one; a "
-                "smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
-            )
+            remedy = "a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
+            notes.append(f"bucket {name} waits for later epochs to fill a batch of {size}; {remedy}")
         small = [sample for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
         files = [str(sample.path) for sample in sorted(small, key=lambda sample: math.prod(sample.size))]
         notes += [f"upscaled to {name}: {', '.join(files[:5])}{', ...' * (len(files) > 5)}"] * bool(files)
     notes += ["the run is shorter than one epoch: not every image will be seen"] * is_short[False]
+    is_unused = cfg.instance_prompt != trained_prompt(cfg, samples)
+    notes += ["--instance_prompt is not used: every image has its own caption"] * is_unused
+    processes, accumulation = size // cfg.train_batch_size, cfg.gradient_accumulation_steps
+    product = f"batch {cfg.train_batch_size} x processes {processes} x accumulation {accumulation}"
     steps = (
-        f"steps: {last:,} x {schedule.total_batch} (batch {cfg.train_batch_size} x processes "
-        f"{size // cfg.train_batch_size} x accumulation {cfg.gradient_accumulation_steps}) = {examples:,} examples = "
+        f"steps: {last:,} x {schedule.total_batch} ({product}) = {examples:,} examples = "
         f"{examples / schedule.epoch_examples:,.1f} epochs of {schedule.epoch_examples}"
         f"{f', of which {first:,} steps are done' * bool(first)}"
     )
@@ -946,7 +1015,7 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
 # Checks
 # =====================================================================================================================
 
-LORA_FILE, STATE_FILE, OLD_FILE = "pytorch_lora_weights.safetensors", "state.safetensors", "manifest.json"
+LORA_FILE, STATE_FILE = "pytorch_lora_weights.safetensors", "state.safetensors"
 RUN_FILES = (LORA_FILE, "config.json", "metrics.jsonl", "README.md")
 COMPONENTS = {
     "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
@@ -973,7 +1042,7 @@ class Plan(NamedTuple):
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """List the checkpoints of a run, intact or not, oldest first; folders of other programs are ignored."""
     named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    ours = [path for path in named if (path / STATE_FILE).is_file() or (path / OLD_FILE).is_file()]
+    ours = [path for path in named if (path / STATE_FILE).is_file()]
     return sorted((path for path in ours if not path.is_symlink()), key=lambda path: int(path.name[11:]))
 
 
@@ -994,6 +1063,12 @@ def is_half_checkpoint(path: Path) -> bool:
     return not names or (names == {LORA_FILE} and read_sealed(path / LORA_FILE) is not None)
 
 
+def describe_last(cfg: Config) -> str:
+    """Name the newest intact checkpoint."""
+    last = next(filter(read_checkpoint, reversed(list_checkpoints(Path(cfg.output_dir)))), None)
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
 def find_checkpoint(cfg: Config) -> Checkpoint | None:
     """Resolve `--resume_from_checkpoint`: a folder anywhere, or the newest intact one here; None for a fresh start."""
     name, output = cfg.resume_from_checkpoint, Path(cfg.output_dir)
@@ -1003,21 +1078,9 @@ def find_checkpoint(cfg: Config) -> Checkpoint | None:
     found = [path for path in found if os.path.isdir(path)]
     require(bool(found), f"--resume_from_checkpoint {name} is not a folder; use a checkpoint-N folder or 'latest'")
     intact = next(filter(None, map(read_checkpoint, reversed(found))), None)
-    what = "is damaged or not a checkpoint of this script; choose another"
-    if (found[-1] / OLD_FILE).is_file():
-        what = "was saved by an earlier version of this script; finish that run with the earlier version"
-    sentence = f"--resume_from_checkpoint {name}: {found[-1]} {what}, or start over with --overwrite_output_dir"
-    require(intact is not None, sentence)
+    what = "is damaged or not a checkpoint of this version; choose another, or start over with --overwrite_output_dir"
+    require(intact is not None, f"--resume_from_checkpoint {name}: {found[-1]} {what}")
     return intact
-
-
-def read_own_config(output: Path) -> dict[str, Any]:
-    """Read the config.json that an earlier run of this script left in a folder; empty if there is none."""
-    try:
-        settings = read_json_object("", output / "config.json")
-        return settings if "environment" in settings else {}
-    except UserError:
-        return {}
 
 
 def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
@@ -1026,11 +1089,14 @@ def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
     for path in (output, *output.parents):
         is_folder = not os.path.lexists(path) or path.is_dir()
         require(is_folder, f"--output_dir {output}: {path} is not a folder; choose another")
-    settings, checkpoints = read_own_config(output), list_checkpoints(output)
+    settings, checkpoints = {}, list_checkpoints(output)
+    with contextlib.suppress(UserError):
+        settings = read_json_object("", output / "config.json")  # of an earlier run here
     present = [name for name in RUN_FILES if os.path.lexists(output / name)]
     numbered = [path for path in sorted(output.glob("checkpoint-*")) if re.fullmatch(r"checkpoint-\d+", path.name)]
     rest = [path for path in numbered if path not in checkpoints]
-    foreign = ([] if settings else present) + [path.name for path in rest if not is_half_checkpoint(path)]
+    foreign = [path.name for path in rest if not is_half_checkpoint(path)]
+    foreign += [] if "environment" in settings else present
     names = ", ".join(foreign)
     require(not foreign, f"--output_dir {output} contains {names}, not written by this script; choose another")
     logs = os.path.normpath(cfg.logging_dir).split(os.sep)[0]
@@ -1070,6 +1136,11 @@ def hold_output(output: Path) -> contextlib.AbstractContextManager[Any]:
         except Timeout as error:
             who = read_text(holder) if holder.is_file() else "another process"
             raise UserError(f"--output_dir {output} is in use by {who}; wait for it, or choose another") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            held = contextlib.nullcontext()
+            say(f"warning: the disk of --output_dir {output} has no file locks; start no second run there")
         write_file(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return held
 
@@ -1079,18 +1150,6 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
     middle = f".{re.escape(variant)}" if variant else ""
     name = re.compile(rf"(?:diffusion_pytorch_)?model({middle}(-\d+-of-\d+)?|(-\d+-of-\d+)?{middle})\.safetensors")
     return sorted(path for path in component.glob("*.safetensors") if name.fullmatch(path.name))
-
-
-def is_complete(path: Path) -> bool:
-    """Tell whether a safetensors file exists and is as long as its header says."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < os.path.getsize(path) else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return os.path.getsize(path) == 8 + length + max(ends)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def check_components(model: Path, variant: str | None) -> None:
@@ -1103,7 +1162,8 @@ def check_components(model: Path, variant: str | None) -> None:
         wanted = f"for --variant {variant}, only {names or 'none'}" if variant else f"(*.safetensors); {advice}"
         require(bool(weights) or file != "config.json", f"{model}/{component} has no weights {wanted}")
         for path in weights:
-            require(is_complete(path), f"{path} is damaged or not fully downloaded; {advice}")
+            with explained(f"{path} is damaged or not fully downloaded", advice), safe_open(path, "numpy"):
+                pass
         for path in sorted((model / component).glob("*.json")):
             content, is_index = read_json_object(str(path), path), path.match("*.index.json")
             is_index = path.match(f"*.index.{variant}.json") if variant else is_index
@@ -1215,8 +1275,10 @@ def make_plan(cfg: Config) -> Plan:
     check_model(cfg)
     say(*advice(cfg))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with FileLock(cfg.encodings_folder / ".lock") if processes > 1 else contextlib.nullcontext():
-        samples = plan_samples(cfg)  # one process decodes new images, the others read the sizes
+    with explained(f"the cache folder {cfg.encodings_folder} cannot be used", "choose another --cache_dir"):
+        cfg.encodings_folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.encodings_folder).close()
+    samples = plan_samples(cfg)
     schedule = make_schedule(cfg, samples, processes, checkpoint.step if checkpoint else 0)
     say(*describe_plan(samples, cfg, schedule))
     return Plan(samples, schedule, checkpoint)
@@ -1230,16 +1292,18 @@ def run_or_exit(conductor: Callable[..., Any], cfg: Config, *more: Any) -> Any:
         sentence, status = (str(error), 128 + error.number) if isinstance(error, Stopped) else (f"error: {error}", 2)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError) or error.__cause__:  # may be local
             print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)
-        if isinstance(error, Stopped):
+        if isinstance(error, Stopped) and not IS_INTERACTIVE:
             sys.stdout.flush()
             os._exit(status)  # a regular exit waits for other processes, forever if their launcher has died
         sys.exit(status)
 
 
 RUN_AS_SCRIPT = __name__ == "__main__" and "__file__" in globals()  # false when pasted into a notebook cell
+IS_INTERACTIVE = hasattr(sys, "ps1")  # Jupyter's %run, whose kernel must survive
 PARENT = os.getppid()  # before the imports, during which it may die
 if RUN_AS_SCRIPT:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside training, Ctrl-C ends without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not IS_INTERACTIVE:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside training, Ctrl-C ends without a traceback
     CONFIG = parse_config()  # before the slow imports, so that --help and mistyped flags respond at once
     sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # wandb records them
     PLAN = None if CONFIG.demo else run_or_exit(make_plan, CONFIG)  # also before the imports
@@ -1254,7 +1318,6 @@ from accelerate.utils import gather_object, send_to_device
 from accelerate.utils import reduce as reduce_tensor
 from diffusers import AutoencoderKL, BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, TorchAoConfig
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.optimization import get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
@@ -1263,10 +1326,13 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weig
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
@@ -1282,9 +1348,9 @@ for library in (transformers.logging, diffusers_logging):
 # =====================================================================================================================
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+LOADER_TIMEOUT = 600  # seconds to wait for a batch
 CENTER = (0.5, 0.5)
-ENCODING_VERSION = 2  # increase it when the same inputs give different encodings
 
 
 class Batch(NamedTuple):
@@ -1306,17 +1372,13 @@ class Encodings(NamedTuple):
 
     def prompt(self, prompt: str) -> Path:
         """Return the file with a prompt's embedding (L, 2560)."""
-        encoder = (self.contents["tokenizer"], self.contents["text_encoder"], self.cfg.max_sequence_length)
-        return self.file("prompts", *encoder, prompt)
+        encoder = [self.contents["tokenizer"], self.contents["text_encoder"], self.cfg.mixed_precision]
+        return cache_file(self.cfg, "prompts", *encoder, self.cfg.max_sequence_length, prompt)
 
     def latents(self, sample: Sample, is_flipped: bool) -> Path:
         """Return the file with the latents (16, h, w) of an image cropped at its center."""
-        return self.file("latents", self.contents["vae"], sample.digest, sample.bucket, is_flipped)
-
-    def file(self, kind: str, *ingredients: Any) -> Path:
-        """Return a file of the cache."""
-        common = (ENCODING_VERSION, self.cfg.mixed_precision)
-        return cache_file(self.cfg.encodings_folder, kind, *common, *ingredients).with_suffix(".safetensors")
+        image = (sample.digest, sample.bucket, is_flipped)
+        return cache_file(self.cfg, "latents", self.contents["vae"], self.cfg.mixed_precision, *image)
 
 
 def find_model(cfg: Config) -> Path:
@@ -1327,12 +1389,15 @@ def find_model(cfg: Config) -> Path:
     weights = "*.safetensors" if cfg.variant is None else f"*.{cfg.variant}[.-]*safetensors"
     parts = ["*.json", "tokenizer/*", *(f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer"))]
     problem = f"--pretrained_model_name_or_path {name} is not a local folder and cannot be downloaded"
+    options = {"revision": cfg.revision, "token": cfg.hub_token, "allow_patterns": parts}
+    with contextlib.suppress(LocalEntryNotFoundError, UserError):  # a complete copy in the usual cache
+        folder = Path(snapshot_download(name, **options, local_files_only=cfg.cache_dir is not None))
+        check_components(folder, cfg.variant)
+        return folder
     with PartialState().local_main_process_first(), explained(problem, "check the name and the network"):
-        folder = snapshot_download(
-            name, revision=cfg.revision, cache_dir=cfg.cache_dir, token=cfg.hub_token, allow_patterns=parts
-        )
-    check_components(Path(folder), cfg.variant)
-    return Path(folder)
+        folder = Path(snapshot_download(name, **options, cache_dir=cfg.cache_dir))
+    check_components(folder, cfg.variant)
+    return folder
 
 
 def fingerprint(path: Path) -> str:
@@ -1358,27 +1423,13 @@ def identify(model: Path, variant: str | None) -> dict[str, str]:
     return contents
 
 
-@contextlib.contextmanager
-def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a model to a device while it is used, then back."""
-    origin = module.device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(origin)
-
-
 def reject_missing(names: list[str] | set[str], component: Path) -> None:
     """Reject a component with missing weights, which libraries leave random or empty."""
     require(not names, f"{component} has no weights for {', '.join(sorted(names)[:3])}; download it again")
 
 
 def load_text_encoder(model: Path, cfg: Config) -> tuple[Any, nn.Module]:
-    """Load the tokenizer, and Qwen3 without its last layer and final norm.
-
-    Z-Image reads `hidden_states[-2]`, which needs neither: it is the last hidden state of the shortened model.
-    """
+    """Load the tokenizer, and Qwen3 without its last layer and norm: Z-Image reads `hidden_states[-2]`."""
     with explained(f"{model}: text_encoder or tokenizer cannot be loaded"):
         config = Qwen3Config.from_pretrained(model / "text_encoder")
         config.num_hidden_layers -= 1
@@ -1418,8 +1469,9 @@ def load_vae(model: Path, cfg: Config) -> AutoencoderKL:
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> Tensor:
     """Encode pixels in [-1, 1] to the mode of their latents, scaled. (B, 3, H, W) -> (B, 16, h, w) in fp32"""
-    with visiting(vae, device):
-        latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
+    home = vae.device  # the CPU with --offload
+    latents = vae.to(device).encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
+    vae.to(home)
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
@@ -1443,19 +1495,20 @@ def image_tensor(image: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
+def any_process(condition: bool) -> bool:
+    """Tell whether a condition holds on any process; all must call this together."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return condition
+    return bool(reduce_tensor(torch.tensor(float(condition), device=state.device), "sum"))
+
+
 def share_of(items: list[Any], is_even: bool = False) -> list[Any]:
     """Return this process's share of the work, split within the machine: others may have their own disks."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
     if is_even:  # repeat some: FSDP needs equally many forward passes on every process
         items = list(itertools.islice(itertools.cycle(items), math.ceil(len(items) / processes) * processes))
     return items[PartialState().local_process_index :: processes]
-
-
-def progress_bar(items: Iterable[Any], title: str, **options: Any) -> tqdm:
-    """Show a progress bar on the first process while iterating."""
-    seconds = 0.1 if sys.stderr.isatty() else 10  # fewer lines in a log file
-    quiet = not PartialState().is_main_process
-    return tqdm(items, desc=title, disable=quiet, mininterval=seconds, dynamic_ncols=True, **options)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -1474,9 +1527,8 @@ def fill_prompts_cache(prompts: list[str], encodings: Encodings) -> None:
             write_tensors(encodings.prompt(prompt), {"prompt_embeds": prompt_embeds})
         del text_encoder
         free_memory()
-    else:
+    if not any_process(bool(mine)):
         say("prompts: all cached, the text encoder is not loaded")
-    PartialState().wait_for_everyone()
 
 
 def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
@@ -1491,15 +1543,25 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
             write_tensors(encodings.latents(sample, is_flipped), {"latents": latents})
         del vae
         free_memory()
-    else:
+    if not any_process(bool(mine)):
         say("latents: all cached, the VAE is not loaded for training")
-    PartialState().wait_for_everyone()
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore stop signals in a data loader worker; the main process handles them and ends its workers."""
+    """Leave signals and error messages to the main process, in a data loader worker."""
+    sys.excepthook = lambda *error: None
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """Kill data loader workers that are left; at exit, Python would wait for them to obey SIGTERM."""
+    workers = multiprocessing.active_children()
+    if workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report an error
+    for process in workers:
+        process.kill()
 
 
 class TrainingExamples(Dataset):
@@ -1509,14 +1571,15 @@ class TrainingExamples(Dataset):
         self.samples, self.encodings = samples, encodings
 
     def __getitem__(self, example: Example) -> Batch:
-        cfg, sample = self.encodings.cfg, self.samples[example.sample]
-        is_flipped, centering = sample_augmentation(cfg, example.number)
-        if cfg.cache_latents:
-            image = load_file(self.encodings.latents(sample, is_flipped))["latents"]
-        else:
-            image = load_pixels(sample, is_flipped, centering)
-        prompt_embeds = load_file(self.encodings.prompt(sample.prompt))["prompt_embeds"]
-        seed, is_prior = derive_seed(cfg.seed, "noise", example.number), torch.tensor([sample.is_prior])
+        cfg, number, sample = self.encodings.cfg, example[0], self.samples[example[1]]
+        is_flipped, centering = sample_augmentation(cfg, number)
+        with explained(f"{sample.path} or its encoding has disappeared or changed during the run", "start again"):
+            if cfg.cache_latents:
+                image = load_file(self.encodings.latents(sample, is_flipped))["latents"]
+            else:
+                image = load_pixels(sample, is_flipped, centering)
+            prompt_embeds = load_file(self.encodings.prompt(sample.prompt))["prompt_embeds"]
+        seed, is_prior = derive_seed(cfg.seed, "noise", number), torch.tensor([sample.is_prior])
         return Batch([seed], image[None], [prompt_embeds], is_prior, [str(sample.path)])
 
 
@@ -1532,14 +1595,21 @@ def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iter
     size, rank = cfg.train_batch_size, state.process_index
     batches = micro_batches(samples, cfg, size * state.num_processes)
     batches = itertools.islice(batches, step * cfg.gradient_accumulation_steps, None)
+    workers = cfg.dataloader_num_workers
+    if workers is None:
+        workers = 2 if RUN_AS_SCRIPT and not cfg.cache_latents else 0  # a notebook's functions may not reach workers
     loader = DataLoader(
         TrainingExamples(samples, encodings), collate_fn=collate,
         batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
-        num_workers=cfg.dataloader_num_workers, worker_init_fn=ignore_signals,
+        num_workers=workers, worker_init_fn=ignore_signals, timeout=workers and LOADER_TIMEOUT,
         generator=torch.Generator(),  # else the loader would use the global one
     )  # fmt: skip
     vae = None if cfg.cache_latents else load_vae(encodings.model, cfg)
-    for batch in loader:
+    loaded = iter(loader)
+    remedy = "use --dataloader_num_workers 0, or, in a container, more shared memory (--shm-size or --ipc=host)"
+    while True:
+        with explained("the data loader failed", remedy):
+            batch = next(loaded)
         latents = batch.latents if vae is None else encode_images(vae, batch.latents, state.device)
         yield send_to_device(batch._replace(latents=latents), state.device)
 
@@ -1548,11 +1618,8 @@ def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iter
 # Transformer and LoRA
 # =====================================================================================================================
 
-FP8 = torch.float8_e4m3fn
-LAYER_ALIASES = {  # names in diffusers' other transformers, which commands for Z-Image have inherited
-    "ff.net.0.proj": ("feed_forward.w1", "feed_forward.w3"),
-    "ff.net.2": ("feed_forward.w2",),
-}
+FP8, MIN_FP8_ROWS = torch.float8_e4m3fn, 256  # cuBLAS rejects products of fewer rows (and it would gain nothing)
+LAYER_ALIASES = {"ff.net.0.proj": ("w1", "w3"), "ff.net.2": ("w2",)}  # their names in diffusers' other transformers
 
 
 def to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -1583,6 +1650,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, has_fp8_products: bool) -> Tensor:
         """Multiply. (..., K) -> (..., N)"""
+        has_fp8_products &= x.shape[:-1].numel() >= MIN_FP8_ROWS
         ctx.weight, ctx.has_fp8_products, ctx.dtype = weight, has_fp8_products, x.dtype
         if not has_fp8_products:
             restored = dequantize(weight)
@@ -1621,11 +1689,12 @@ def make_empty_transformer(model: Path) -> ZImageTransformer2DModel:
 
 
 def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """Translate the storage of the frozen weights into options for `from_pretrained`; empty for plain weights."""
+    """Translate the storage of the frozen weights into options for `from_pretrained`."""
     outside = ["all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder"]  # only the blocks are quantized
     device = PartialState().device
+    placement = {"device_map": None if device.type == "cpu" else {"": device}}  # not through host memory
     if cfg.storage is None and cfg.bnb_quantization_config_path is None:
-        return {}
+        return {} if is_on("ACCELERATE_USE_FSDP") else placement  # FSDP moves a shard
     if cfg.storage in ("fp8", "int8"):
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -1637,11 +1706,11 @@ def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
         require(not unknown, f"--bnb_quantization_config_path: unknown {unknown}; there are {', '.join(known)}")
         given = given or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         config = BitsAndBytesConfig(**{"llm_int8_skip_modules": outside} | given | {"bnb_4bit_compute_dtype": dtype})
-    return {"quantization_config": config, "device_map": None if device.type == "cpu" else {"": device}}
+    return placement | {"quantization_config": config}
 
 
 def load_transformer(model: Path, cfg: Config, dtype: torch.dtype) -> ZImageTransformer2DModel:
-    """Load the frozen transformer: to host memory, or quantized, tensor by tensor, to the device."""
+    """Load the frozen transformer, tensor by tensor, to the device, or to host memory for FSDP."""
     options = {"variant": cfg.variant, "torch_dtype": dtype} | quantization_options(cfg, dtype)
     with explained(f"{model}/transformer cannot be loaded"):
         transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
@@ -1666,11 +1735,7 @@ def expand_range(name: str) -> Iterator[str]:
 
 
 def resolve_lora_layers(lora_layers: str, empty: ZImageTransformer2DModel) -> list[str]:
-    """Translate `--lora_layers` into the full names of linear layers.
-
-    A name selects layers with that name, that end in it, or that are inside it: `to_q`, `layers.10.attention`,
-    `layers.10.attention.to_q`; `layers.0-9` is a range. Raises UserError for a name that selects nothing.
-    """
+    """Translate names of layers, of what is around them, or their last parts. Raises UserError if one is unknown."""
     linear = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
     wanted = [name.strip() for name in lora_layers.split(",") if name.strip()]
     require(bool(wanted), "--lora_layers is empty; leave it out for the attention and feed-forward layers")
@@ -1687,16 +1752,21 @@ def resolve_lora_layers(lora_layers: str, empty: ZImageTransformer2DModel) -> li
 
 
 def check_sizes(cfg: Config, samples: list[Sample], empty: ZImageTransformer2DModel) -> None:
-    """Reject images and prompts that exceed the transformer's table of positions, which has one per 16 pixels."""
-    frames, rows, columns = empty.config.axes_lens
-    length = cfg.max_sequence_length  # captions are padded to a multiple of 32, and the image follows them
-    fits = length <= 512 or math.ceil(length / 32) * 32 + 2 <= frames
-    require(fits, f"--max_sequence_length {length} is too large for this model, which has {frames} positions; use 512")
+    """Reject images that exceed the transformer's table of positions, which has one per 16 pixels."""
+    _, rows, columns = empty.config.axes_lens
     side = cfg.validation_resolution or cfg.training_side
     for height, width in {(side, side), *(sample.bucket for sample in samples)}:
         limit = f"{height} x {width} is too large for this model, which supports {16 * rows} x {16 * columns} pixels"
         remedy = "lower --resolution, --aspect_ratio_buckets, or --validation_resolution"
         require(height <= 16 * rows and width <= 16 * columns, f"{limit}; {remedy}")
+
+
+def check_lengths(prompts: list[str], encodings: Encodings, empty: ZImageTransformer2DModel) -> None:
+    """Reject prompts that exceed the transformer's table of positions."""
+    for prompt in dict.fromkeys(prompts):
+        length = len(load_file(encodings.prompt(prompt))["prompt_embeds"])
+        fits = math.ceil(length / 32) * 32 + 2 <= empty.config.axes_lens[0]  # padded, and the image follows
+        require(fits, f"{length} tokens are too many for this model; lower --max_sequence_length: {prompt!r}")
 
 
 def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Config) -> list[nn.Parameter]:
@@ -1708,6 +1778,9 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
     )  # fmt: skip
     transformer.add_adapter(settings)
     cast_training_params(transformer, torch.float32)
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # autocast would undo it
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
     # Else DDP broadcasts 12 GB that every process has just read, and fails on torchao's tensors. The public option,
     # torch's `init_sync`, is not exposed by accelerate.
@@ -1734,7 +1807,7 @@ def place_like(tensor: Tensor, example: Tensor) -> Tensor:
     """Put a tensor on the device of another one, sharded in the same way if it has the same shape."""
     if isinstance(example, DTensor) and tensor.shape == example.shape:
         return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
-    return tensor.to(example.device) if tensor.dim() else tensor  # an optimizer's step count stays where it is
+    return tensor.to(example.device)
 
 
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -1767,9 +1840,9 @@ def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> d
     }
 
 
-def lora_metadata(cfg: Config) -> dict[str, str]:
+def lora_metadata(cfg: Config, samples: list[Sample]) -> dict[str, str]:
     """Describe the LoRA for its header (modelspec 1.0.1), without dates and paths: equal content gives equal bytes."""
-    prompt, side = cfg.instance_prompt or "", cfg.training_side
+    prompt, side = trained_prompt(cfg, samples) or "", cfg.training_side
     return {
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "z-image/lora",
         "modelspec.implementation": "diffusers", "modelspec.resolution": f"{side}x{side}",
@@ -1841,7 +1914,7 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: floa
     latents = batch.latents  # (B, 16, h, w)
     noise = sample_noise(batch.seeds, latents.shape[1:]).to(latents.device)  # (B, 16, h, w)
     sigmas = sample_sigmas(batch.seeds, cfg, shift).to(latents.device)  # (B,)
-    noisy_latents = mix_noise(latents, noise, sigmas)  # (B, 16, h, w)
+    noisy_latents = mix_noise(latents, noise, sigmas).to(DTYPES[cfg.mixed_precision])  # (B, 16, h, w)
     velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
     target = noise - latents  # d noisy_latents / d sigma
     prior_weights = torch.where(batch.is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
@@ -1853,29 +1926,25 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: floa
 # =====================================================================================================================
 
 
-def any_process(condition: bool) -> bool:
-    """Tell whether a condition holds on any process; all must call this together."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return condition
-    return bool(reduce_tensor(torch.tensor(float(condition), device=state.device), "sum"))
-
-
 class StopRequest:
     """A request to stop training: a signal, the exit of the launcher, or `--max_train_minutes`.
 
     It is polled after every micro-batch and every denoising step, because all processes must stop at the same point.
-    Before and after training there is nothing to save and every file is complete, so signals keep their defaults.
+    Before and after training, when there is nothing to save, signals keep their defaults.
     """
 
     def __init__(self, minutes: float | None) -> None:
-        self.number, self.reason, self.handlers = signal.SIGTERM, "", {}
+        self.number, self.reason, self.handlers, self.is_waiting = signal.SIGTERM, "", {}, False
         self.parent = PARENT if RUN_AS_SCRIPT else os.getppid()
-        self.deadline = time.monotonic() + 60 * (minutes or math.inf)
+        if minutes is not None:
+            timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), self.expire)
+            timer.daemon = True
+            timer.start()
 
     def __enter__(self) -> "StopRequest":
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as with nohup
         if threading.current_thread() is threading.main_thread():  # signal handlers require it
-            self.handlers = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
+            self.handlers = {number: signal.signal(number, self.receive) for number in heard}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -1883,18 +1952,35 @@ class StopRequest:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: Any) -> None:
-        """Handle a signal; a second SIGINT ends the process immediately."""
+        """Handle a signal; interrupt the wait for a batch; a second SIGINT does what it did before training."""
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.handlers.get(number, signal.SIG_DFL))
         self.number, self.reason = number, self.reason or signal.Signals(number).name
+        if self.is_waiting:
+            self.is_waiting = False
+            raise Stopped(self.reason, number)
+
+    def expire(self) -> None:
+        """End the time for training, as a signal would."""
+        self.reason = self.reason or "--max_train_minutes"
+        _thread.interrupt_main(signal.SIGTERM)
+
+    def heed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches until the processes agree to stop."""
+        while True:
+            with contextlib.suppress(Stopped):
+                self.is_waiting = True
+                batch = next(batches) if self.reason == "" else None
+                self.is_waiting = False
+            if self.is_agreed():
+                return
+            yield batch
 
     def is_agreed(self) -> bool:
         """Tell whether any process was asked to stop; all must call this together."""
         is_launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
         if is_launched and os.getppid() != self.parent:
             self.reason = self.reason or "the exit of its launcher"
-        elif time.monotonic() > self.deadline:
-            self.reason = self.reason or "--max_train_minutes"
         is_asked = any_process(self.reason != "")  # a signal that arrives during this call counts for the next one
         self.reason = self.reason or "another process" * is_asked
         return is_asked
@@ -1962,7 +2048,7 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
 
         return AdamW8bit(parameters, **common)
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        return torch.optim.AdamW(parameters, **common, fused=PartialState().device.type == "cuda" or None)
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(None):  # it prints a message
@@ -1975,12 +2061,13 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
 def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
     """Reject settings that this machine does not support."""
     device, dtype = PartialState().device, DTYPES[cfg.mixed_precision]
-    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
-    limit = "--do_fp8_training needs a GPU with compute capability 8.9 or higher; --quantization fp8 runs on any GPU"
-    require(not (cfg.do_fp8_training and is_old), limit)
+    if cfg.do_fp8_training:
+        with explained("--do_fp8_training does not work here", "--quantization fp8 works on every GPU"):
+            rows, scale = to_fp8(torch.ones(MIN_FP8_ROWS, 10240, device=device))  # the longest sum, the fewest rows
+            multiply_fp8(rows, rows.t(), scale, scale.t())
     with explained("the frozen weights cannot be quantized here", "--quantization int8 and fp8 work everywhere"):
         options = quantization_options(cfg, dtype)
-        if options:
+        if "quantization_config" in options:
             DiffusersAutoQuantizer.from_config(options["quantization_config"]).validate_environment()
     if cfg.has_8bit_state:
         with explained("--use_8bit_adam: bitsandbytes does not support it on this machine", "remove the flag"):
@@ -1988,9 +2075,15 @@ def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
             probe.grad = torch.zeros_like(probe)
             make_optimizer([probe], cfg).step()
     with explained(f"--attention_backend {cfg.attention}", "it does not work here; remove the flag"):
-        empty.set_attention_backend(cfg.attention)
-        query = torch.ones(1, 32, 2, 64, dtype=dtype, device=device, requires_grad=True)
-        dispatch_attention_fn(query, query, query).sum().backward()
+        query = torch.linspace(-9, 9, 2 * 64 * 2 * 128).sin().view(2, 64, 2, 128).to(device, dtype).requires_grad_()
+        mask = (torch.arange(64) < torch.tensor([[64], [40]])).to(device)[:, None, None]  # of captions, padded
+        outputs = []
+        for backend in ("native", cfg.attention):
+            empty.set_attention_backend(backend)
+            outputs.append(dispatch_attention_fn(query, query, query, attn_mask=mask))
+        outputs[1].sum().backward()
+        is_masked = torch.allclose(*outputs, atol=0.05)
+        require(is_masked, f"--attention_backend {cfg.attention} attends to the padding of captions; remove the flag")
 
 
 def make_learning_rate(cfg: Config, schedule: Schedule) -> Callable[[int], float]:
@@ -2014,11 +2107,9 @@ def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[str, int]], 
     if run.cfg.on_nan == "skip" and skipped < 10:
         say(f"warning: {problem}{examples}; the step is skipped")
         return False
-    last = next(filter(read_checkpoint, reversed(list_checkpoints(Path(run.cfg.output_dir)))), None)
-    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     option = "ten steps in a row were already skipped" if skipped else "--on_nan skip skips such steps"
     raise FloatingPointError(
-        f"{problem}{examples}; training stops, the weights are unchanged; {good}. "
+        f"{problem}{examples}; training stops, the weights are unchanged; {describe_last(run.cfg)}. "
         f"Try a lower --learning_rate; {option}"
     )
 
@@ -2031,7 +2122,7 @@ def save_lora(run: Run, state: dict[str, Tensor], folder: Path) -> dict[str, Ten
     cfg, dtype = run.cfg, torch.float32 if run.cfg.upcast_before_saving else DTYPES[run.cfg.mixed_precision]
     exported = export_lora(state, cfg.lora_scale, dtype)
     if run.accelerator.is_main_process:
-        write_tensors(folder / LORA_FILE, exported, lora_metadata(cfg))
+        write_tensors(folder / LORA_FILE, exported, lora_metadata(cfg, run.plan.samples))
     return exported
 
 
@@ -2133,47 +2224,32 @@ def log_metrics(run: Run, metrics: dict[str, float]) -> None:
 # =====================================================================================================================
 
 
-class Sampler(NamedTuple):
-    """Everything needed to generate images: the pipeline (up to the latents), the VAE, and the prompt cache."""
-
-    pipeline: ZImagePipeline
-    vae: AutoencoderKL
-    encodings: Encodings
-
-
-def make_sampler(transformer: nn.Module, encodings: Encodings) -> Sampler:
-    """Make a sampler from a transformer that is on the device."""
+def make_pipeline(transformer: nn.Module, encodings: Encodings) -> ZImagePipeline:
+    """Make a pipeline from a transformer that is on the device; prompts come from the cache."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(encodings.model / "scheduler")
-    pipeline = ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
+    vae = load_vae(encodings.model, encodings.cfg)
+    pipeline = ZImagePipeline(scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
-    return Sampler(pipeline, load_vae(encodings.model, encodings.cfg), encodings)
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Decode scaled latents to images, as `ZImagePipeline` does. (B, 16, h, w) -> B images"""
-    with visiting(vae, latents.device):
-        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(unscaled, return_dict=False)[0]  # (B, 3, H, W)
-    return VaeImageProcessor().postprocess(pixels, output_type="pil")
+    return pipeline
 
 
 def sample_images(
-    sampler: Sampler, jobs: list[tuple[str, int]], side: int, on_step_end: Callable[..., dict[str, Any]] | None = None
-) -> list[Image.Image]:
+    pipeline: ZImagePipeline, encodings: Encodings, jobs: list[tuple[str, int]], side: int,
+    on_step_end: Callable[..., dict[str, Any]] | None = None,
+) -> list[Image.Image]:  # fmt: skip
     """Generate one square image per (prompt, seed); the global random state is not touched."""
-    pipeline, cfg = sampler.pipeline, sampler.encodings.cfg
-    device, dtype = pipeline.device, pipeline.transformer.dtype
+    cfg, device, home = encodings.cfg, pipeline.transformer.device, pipeline.vae.device
     prompts = [prompt for prompt, _ in jobs] + [cfg.negative_prompt] * (len(jobs) if cfg.guidance_scale > 0 else 0)
-    files = [sampler.encodings.prompt(prompt) for prompt in prompts]
-    prompt_embeds = [load_file(file)["prompt_embeds"].to(device, dtype) for file in files]
-    latents = pipeline(
+    tensors = [load_file(encodings.prompt(prompt))["prompt_embeds"] for prompt in prompts]
+    prompt_embeds = [tensor.to(device, pipeline.transformer.dtype) for tensor in tensors]
+    pipeline.vae.to(device)
+    images = pipeline(
         prompt_embeds=prompt_embeds[: len(jobs)], negative_prompt_embeds=prompt_embeds[len(jobs) :],
         height=side, width=side, num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for _, seed in jobs], output_type="latent",
-        callback_on_step_end=on_step_end,
+        generator=[torch.Generator().manual_seed(seed) for _, seed in jobs], callback_on_step_end=on_step_end,
     ).images  # fmt: skip
-    return decode_latents(sampler.vae, latents)
+    pipeline.vae.to(home)
+    return images
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -2188,13 +2264,13 @@ def generate_class_images(samples: list[Sample], encodings: Encodings) -> list[S
     cfg, mine = encodings.cfg, share_of([sample for sample in samples if not sample.digest])
     if mine:
         transformer = load_transformer(encodings.model, cfg, DTYPES[cfg.prior_generation_precision])
-        sampler = make_sampler(transformer.eval().to(PartialState().device), encodings)
+        pipeline = make_pipeline(transformer.eval().to(PartialState().device), encodings)
         groups = [mine[start : start + cfg.sample_batch_size] for start in range(0, len(mine), cfg.sample_batch_size)]
         for group in progress_bar(groups, "generating class images"):
             jobs = [(sample.prompt, derive_seed(cfg.seed, "class image", sample.path.name)) for sample in group]
-            for sample, image in zip(group, sample_images(sampler, jobs, cfg.training_side)):
+            for sample, image in zip(group, sample_images(pipeline, encodings, jobs, cfg.training_side)):
                 write_file(sample.path, png_bytes(image))
-        del sampler, transformer
+        del pipeline, transformer
         free_memory()
     PartialState().wait_for_everyone()
     done = {s: dataclasses.replace(s, digest=sha256(s.path.read_bytes())) for s in samples if not s.digest}
@@ -2229,13 +2305,15 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     if not jobs:
         return
     say(f"step {step}: generating {len(jobs)} images")
-    live = run.accelerator.unwrap_model(run.transformer, keep_torch_compile=False).eval()
-    sampler, side = make_sampler(live, run.encodings), cfg.validation_resolution or cfg.training_side
+    is_sharded = is_on("ACCELERATE_USE_FSDP")  # then the compiled model gathers the weights
+    live = run.accelerator.unwrap_model(run.transformer, keep_torch_compile=is_sharded).eval()
+    pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
     for prompt, image in share_of(jobs, is_even=True):
         job = (prompts[prompt], cfg.seed + image)
-        (sampled,) = sample_images(sampler, [job], side, run.stop.on_step_end)
+        with torch.compiler.set_stance("force_eager"):
+            (sampled,) = sample_images(pipeline, run.encodings, [job], side, run.stop.on_step_end)
         write_file(folder / f"{prompt}-{image}.png", png_bytes(sampled))
-    del sampler
+    del pipeline
     free_memory()
     live.train()
     run.accelerator.wait_for_everyone()
@@ -2264,7 +2342,7 @@ def log_images(accelerator: Accelerator, images: list[Image.Image], captions: li
 # Artifacts
 # =====================================================================================================================
 
-SHARED_FILES = (LORA_FILE, "README.md", "config.json", "validation/step-*/*.png")
+SHARED_FILES = (LORA_FILE, "README.md", "validation/step-*/*.png")
 TEMPORARY_FILES = (".z-image-*.tmp", "checkpoint-*/.z-image-*.tmp", "validation/step-*/.z-image-*.tmp")
 
 
@@ -2289,23 +2367,28 @@ def save_config(cfg: Config) -> None:
     write_file(Path(cfg.output_dir) / "config.json", content.encode())
 
 
-def save_model_card(cfg: Config, step: int) -> None:
+def save_model_card(cfg: Config, plan: Plan) -> None:
     """Write README.md: images, trigger prompt, how to use the LoRA, how it was trained; without local paths."""
+    step, trigger = plan.schedule.max_train_steps, trained_prompt(cfg, plan.samples)
+    settings = {name: value for name, value in shareable_settings(cfg).items() if value != getattr(Config, name)}
+    public = {name: value for name, value in settings.items() if not re.search("_(dir|path|checkpoint|name)$", name)}
     base = None if Path(cfg.pretrained_model_name_or_path).exists() else cfg.pretrained_model_name_or_path
     folder, prompts = validation_folder(cfg, step).relative_to(cfg.output_dir), validation_prompts(cfg, is_final=True)
     jobs = itertools.product(range(len(prompts)), range(cfg.num_validation_images))
     images = [(prompts[prompt], f"{folder.as_posix()}/{prompt}-{image}.png") for prompt, image in jobs]
     data = ModelCardData(
-        license="apache-2.0", base_model=base, library_name="diffusers", instance_prompt=cfg.instance_prompt,
+        license="apache-2.0", base_model=base, library_name="diffusers", instance_prompt=trigger,
         pipeline_tag="text-to-image", tags=["text-to-image", "diffusers", "lora", "z-image", "template:sd-lora"],
         widget=[{"text": text, "output": {"url": file}} for text, file in images] or None,
     )  # fmt: skip
     card = CARD.format(
-        trigger=one_line(cfg.instance_prompt or "(every image had its own caption)"),
+        trigger=one_line(trigger or "(every image had its own caption)"),
         images="\n".join(f"![{one_line(text)}]({file})" for text, file in images),
         cfg=cfg, scale=f"{cfg.lora_scale:g}", last=step, base=base or "path/to/the/base/model",
+        checkpoints=", ".join(path.name for path in list_checkpoints(Path(cfg.output_dir))),
+        settings=json.dumps(public, ensure_ascii=False),
         side=cfg.validation_resolution or cfg.training_side,
-        prompt=json.dumps((prompts or [cfg.instance_prompt or ""])[0], ensure_ascii=False),
+        prompt=json.dumps((prompts or [trigger or plan.samples[0].prompt])[0], ensure_ascii=False),
     )  # fmt: skip
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
 
@@ -2317,10 +2400,8 @@ def one_line(text: str) -> str:
 
 def open_repository(cfg: Config) -> str:
     """Create the repository before training, so that a missing login is found now; returns its full name."""
-    with explained(
-        f"--push_to_hub: the repository {cfg.repository} cannot be created",
-        "check your network and login (`hf auth login` or --hub_token), or upload later without this flag",
-    ):
+    remedy = "check your network and login (`hf auth login` or --hub_token), or upload later without this flag"
+    with explained(f"--push_to_hub: the repository {cfg.repository} cannot be created", remedy):
         hub = HfApi(token=cfg.hub_token)
         return hub.create_repo(cfg.repository, private=cfg.hub_private_repo or None, exist_ok=True).repo_id
 
@@ -2328,10 +2409,8 @@ def open_repository(cfg: Config) -> str:
 def push(cfg: Config, repository: str) -> None:
     """Upload only the files that are meant to be shared. Raises UserError with the command to try again."""
     options = " ".join(f"--include='{pattern}'" for pattern in SHARED_FILES)
-    with explained(
-        f"the LoRA is complete and safe in {cfg.output_dir}, but the upload failed",
-        f"try again with: hf upload {repository} '{cfg.output_dir}' . {options}",
-    ):
+    problem = f"the LoRA is complete and safe in {cfg.output_dir}, but the upload failed"
+    with explained(problem, f"try again with: hf upload {repository} '{cfg.output_dir}' . {options}"):
         HfApi(token=cfg.hub_token).upload_folder(
             repo_id=repository, folder_path=cfg.output_dir, allow_patterns=SHARED_FILES, commit_message="Z-Image LoRA"
         )
@@ -2372,7 +2451,8 @@ image.save("output.png")
 
 DreamBooth LoRA for Z-Image, from `train_dreambooth_lora_z_image.py`: rank {cfg.rank}, alpha / rank {scale} (folded
 into the file), layers {cfg.lora_layers}, {last} steps of {cfg.optimizer} at {cfg.learning_rate}, {cfg.resolution}
-pixels. All settings are in `config.json`.
+pixels. The run also saved the LoRA at earlier steps: {checkpoints}. Settings that differ from the defaults, without
+paths: `{settings}`
 """
 
 DEMO_FAREWELL = """
@@ -2405,12 +2485,10 @@ def make_demo_model(folder: Path) -> None:
         eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
     )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE
-    text_encoder = Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
-        )
-    )  # fmt: skip
+    text_encoder = Qwen3Model(Qwen3Config(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
+    ))  # fmt: skip
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[8] * 4, layers_per_block=1, latent_channels=16, norm_num_groups=4,
@@ -2438,8 +2516,8 @@ def make_demo_images(folder: Path) -> None:
         draw.pieslice(box, 90, 270, fill="red")
         draw.pieslice(box, 270, 450, fill="yellow")
         draw.ellipse(box, outline="gray", width=12)
-        smooth = image.resize((width, height), Image.Resampling.LANCZOS)
-        write_file(folder / f"badge-{number}.png", png_bytes(smooth))
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        write_file(folder / f"badge-{number}.png", png_bytes(image))
 
 
 def make_demo(cfg: Config) -> None:
@@ -2470,12 +2548,25 @@ def make_accelerator(cfg: Config) -> Accelerator:
             project_config=ProjectConfiguration(cfg.output_dir, str(Path(cfg.output_dir, cfg.logging_dir))),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )  # fmt: skip
+    if is_on("ACCELERATE_USE_FSDP") and cfg.mixed_precision == "bf16":  # accelerate's policy would round the time
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     is_there = "all" in names or len(accelerator.log_with) == len(names)
     require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
     require(int(started) == seen, f"accelerate sees {seen} of {started} processes; torch must see a GPU for each")
     torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
     return accelerator
+
+
+def describe_device(cfg: Config) -> Iterator[str]:
+    """Yield the device that the run uses, and a warning if it is not suitable."""
+    device, is_gpu = PartialState().device, torch.cuda.is_available()
+    yield f"device: {torch.cuda.get_device_name(device) if is_gpu else device.type}, {cfg.mixed_precision} precision"
+    if device.type == "cpu" and not cfg.demo:
+        yield "warning: torch sees no GPU; on a CPU, training the full model is far too slow"
+    if is_gpu and cfg.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield "warning: this GPU only emulates bf16, which is slow; use one of compute capability 8.0 or higher"
 
 
 def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
@@ -2524,7 +2615,7 @@ def train_and_save(run: Run) -> None:
     step, last = schedule.first_step, schedule.max_train_steps
     saved_step, saved_at, interval = step, time.monotonic(), 60 * (cfg.checkpointing_minutes or math.inf)
     batches = make_batches(run.plan.samples, run.encodings, step)
-    steps = train(run, itertools.takewhile(lambda batch: not stop.is_agreed(), batches))
+    steps = train(run, stop.heed(batches))
     bar = progress_bar(steps, "training", initial=step, total=last)
     is_validated = step > 0 and (validation_folder(cfg, step) / "sheet.png").exists()
     with stop:
@@ -2538,12 +2629,13 @@ def train_and_save(run: Run) -> None:
                 if schedule.is_validation_step(step):
                     validate(run, step)
                 is_due = step == last or step % cfg.checkpointing_steps == 0
-                if is_due or any_process(time.monotonic() - saved_at > interval):
+                if is_due or (cfg.checkpointing_minutes and any_process(time.monotonic() - saved_at > interval)):
                     save_checkpoint(run, step, binding)
                     saved_step, saved_at = step, time.monotonic()
         if saved_step < step:
             save_checkpoint(run, step, binding)
     if step < last:
+        kill_workers()
         for tracker in run.accelerator.trackers:
             tracker.finish()
         raise Stopped(f"stopped by {stop.reason} after step {step}{', which is saved' * (step > 0)}", stop.number)
@@ -2558,7 +2650,9 @@ def run_all(cfg: Config, plan: Plan, accelerator: Accelerator) -> Path:
     repository = open_repository(cfg) if cfg.push_to_hub and accelerator.is_main_process else None
     prepare_output(cfg, accelerator)
 
-    fill_prompts_cache(needed_prompts(plan.samples, cfg), encodings)
+    prompts = needed_prompts(plan.samples, cfg)
+    fill_prompts_cache(prompts, encodings)
+    check_lengths(prompts, encodings, empty)
     plan = plan._replace(samples=generate_class_images(plan.samples, encodings))
     if cfg.cache_latents:
         fill_latents_cache(plan.samples, encodings)
@@ -2573,11 +2667,11 @@ def run_all(cfg: Config, plan: Plan, accelerator: Accelerator) -> Path:
     file, last = finish_lora(run), plan.schedule.max_train_steps
     validate(run, last, is_final=True)
     if accelerator.is_main_process:
-        save_model_card(cfg, last)
+        save_model_card(cfg, plan)
     accelerator.end_training()
-    say(*describe_results(cfg, file))
     if repository is not None:
         push(cfg, repository)
+    say(*describe_results(cfg, file))
     return file
 
 
@@ -2586,10 +2680,17 @@ def main(cfg: Config, plan: Plan | None = None) -> Path:
     free_memory()  # of an earlier run in a notebook, which only the garbage collector frees
     with hold_output(Path(cfg.output_dir)):
         accelerator = make_accelerator(cfg)
+        say(*describe_device(cfg))
         if cfg.demo:
             check_output(cfg, find_checkpoint(cfg))  # before anything is written there
             make_demo(cfg)
-        return run_all(cfg, plan or make_plan(cfg), accelerator)
+        try:
+            return run_all(cfg, plan or make_plan(cfg), accelerator)
+        except torch.OutOfMemoryError as error:
+            flags = ("gradient_checkpointing", "quantization", "cache_latents")
+            more = "".join(f"--{name}, " for name in flags if not getattr(cfg, name)) + "a smaller --train_batch_size"
+            more = f"the GPU is out of memory; try, in this order: {more}, --resolution, or --rank"
+            raise UserError(f"{more}; {describe_last(cfg)}") from error
 
 
 if RUN_AS_SCRIPT:
