@@ -1,7 +1,8 @@
 """Tests of `train_dreambooth_lora_z_image.py`, on a CPU, with tiny models and without a network.
 
 Run all tests with `python -m pytest`, or in two processes with `-n 2` (pytest-xdist). Long tests run only if selected:
-`-m benchmark` measures memory; `-m soak` kills runs and compares their results with those of uninterrupted runs.
+`-m benchmark` measures memory; `-m soak` kills runs and compares their results with those of uninterrupted runs;
+`-m gpu` trains a full-size random model on a CUDA GPU; `-m oldest` installs the oldest versions and runs the demo.
 """
 
 import ast
@@ -62,7 +63,7 @@ SCRIPT = HERE / "train_dreambooth_lora_z_image.py"
 README = (HERE / "README.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
-LONG = ("benchmark", "soak", "ablation")
+LONG = ("benchmark", "soak", "ablation", "gpu", "oldest")
 FP32 = Config(pretrained_model_name_or_path="m", instance_data_dir="d", instance_prompt="p", mixed_precision="no")
 
 
@@ -979,8 +980,7 @@ def test_captions_that_are_not_used_are_pointed_out(make_config, images, capsys)
     said = capsys.readouterr().out
     assert f"{images / 'metadata.jsonl'} has no column text or caption or prompt; rename tags" in said
     assert (
-        "ignored: 0.png.txt, captions.csv (captions are read from NAME.txt, NAME.caption, metadata.jsonl, and"
-        in said
+        "ignored: 0.png.txt, captions.csv (captions are read from NAME.txt, NAME.caption, metadata.jsonl, and" in said
     )
 
 
@@ -4869,3 +4869,186 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1e3)
     assert peaks[1] - peaks[0] < 300, peaks
+
+
+# =====================================================================================================================
+# On a GPU, and with the oldest versions
+# =====================================================================================================================
+
+FULL_TRANSFORMER = {
+    "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560,
+    "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
+}  # fmt: skip
+FULL_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 16,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "use_quant_conv": False,
+    "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+}  # fmt: skip
+SIZES = {  # settings of the transformer (None: the demo model), resolution, and the lengths of two captions
+    "full": (FULL_TRANSFORMER, 1024, (20, 200)),
+    "small": (FULL_TRANSFORMER | {"n_layers": 2, "n_refiner_layers": 1}, 256, (20, 200)),
+    "tiny": (None, 32, (5, 90)),
+}
+GPU_RUNS = {  # settings of each row of the table
+    "bf16": {},
+    "bf16, nothing recomputed": {"gradient_checkpointing": False},
+    "fp8": {"quantization": "fp8"},
+    "int8": {"quantization": "int8"},
+    "nf4": {"quantization": "nf4"},
+    "bitsandbytes, 4 bits": {"bnb_quantization_config_path": "load_in_4bit"},
+    "bitsandbytes, 8 bits": {"bnb_quantization_config_path": "load_in_8bit"},
+    "fp8 training": {"do_fp8_training": True},
+    "8-bit Adam": {"use_8bit_adam": True},
+    "Prodigy": PRODIGY,
+    "batch of 2 captions": {"train_batch_size": 2},
+    "images decoded again": {"cache_latents": False, "dataloader_num_workers": 2},
+    "validation": {"validation_prompt": ("a", "a longer prompt " * 20), "skip_final_inference": True},
+    "compiled": {"max_train_steps": 3},
+}
+
+
+def write_random_model(folder, size):
+    """Write a random Z-Image of a size in `SIZES`; the transformer tensor by tensor, as a full one has 12 GB."""
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    z.make_demo_model(folder)
+    settings = SIZES[size][0]
+    if settings is None:
+        return
+    for name in ("transformer", "vae", "text_encoder"):
+        shutil.rmtree(folder / name)
+    AutoencoderKL(**FULL_VAE).to(torch.bfloat16).save_pretrained(folder / "vae")
+    encoder = Qwen3Config(
+        vocab_size=300, hidden_size=2560, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    Qwen3Model(encoder).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel(**settings)
+    transformer.save_config(folder / "transformer")
+    device, files = "cuda" if torch.cuda.is_available() else "cpu", {}
+    generator = torch.Generator(device).manual_seed(0)
+    for number, (name, meta) in enumerate(transformer.named_parameters()):
+        tensor = torch.randn(meta.shape, generator=generator, device=device, dtype=torch.bfloat16)
+        tensor = tensor * meta.shape[-1] ** -0.5 if meta.dim() > 1 else (1 if "norm" in name else 0) + 0 * tensor
+        files[name] = f"diffusion_pytorch_model-{number:05d}.safetensors"
+        save_file({name: tensor.cpu().contiguous()}, folder / "transformer" / files[name], {"format": "pt"})
+    for path in (folder / "transformer").glob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}-of-{len(files):05d}.safetensors"))
+    files = {name: f"{Path(file).stem}-of-{len(files):05d}.safetensors" for name, file in files.items()}
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def gpu_config(folder, size, name):
+    """The config of a row of the table."""
+    _, resolution, lengths = SIZES[size]
+    for number, length in enumerate(lengths):
+        if not (folder / "images" / f"{number}.png").exists():
+            draw(folder / "images" / f"{number}.png", (resolution, resolution), (90 * number, 40, 200))
+            (folder / "images" / f"{number}.txt").write_text("x" * length)
+    changes = dict(GPU_RUNS[name])
+    if "bnb_quantization_config_path" in changes:
+        file = folder / f"{changes['bnb_quantization_config_path']}.json"
+        file.write_text(block_with(changes["bnb_quantization_config_path"], JSONS))
+        changes["bnb_quantization_config_path"] = str(file)
+    common = {
+        "pretrained_model_name_or_path": str(folder / "model"), "instance_data_dir": str(folder / "images"),
+        "output_dir": str(folder / re.sub(r"\W+", "-", name)), "cache_dir": str(folder / "cache"),
+        "resolution": resolution, "gradient_checkpointing": True, "cache_latents": True, "max_train_steps": 4,
+        "num_validation_images": 1, "num_inference_steps": 4, "checkpointing_steps": 1000,
+    }  # fmt: skip
+    return Config(**(common | changes))
+
+
+def gpu_row(cfg):
+    """Train; return the last loss, the last step's seconds, and the GPU memory that was used and reserved, in GiB."""
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        z.free_memory()
+        torch.cuda.reset_peak_memory_stats()
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    main(cfg)
+    memory = torch.cuda.memory_stats() if has_gpu else {}
+    peaks = [memory.get(f"{kind}_bytes.all.peak", 0) / 2**30 for kind in ("allocated", "reserved")]
+    last = json.loads((Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    return last["loss"], last["seconds"], *peaks
+
+
+def gpu_stop(folder, size, monkeypatch):
+    """SIGTERM after the first step saves it, and the run that resumes continues."""
+    cfg = dataclasses.replace(gpu_config(folder, size, "bf16"), output_dir=str(folder / "stopped"), max_train_steps=2)
+    log = z.log_metrics
+    AcceleratorState._reset_state(True)
+    with monkeypatch.context() as patch, pytest.raises(z.Stopped, match="stopped by SIGTERM after step 1"):
+        patch.setattr(z, "log_metrics", lambda *args: log(*args) or os.kill(os.getpid(), signal.SIGTERM))
+        main(cfg)
+    gpu_row(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
+    assert [row["step"] for row in metrics_of(cfg)] == [1, 2]
+
+
+def gpu_table(folder, size, monkeypatch, compiler):
+    """Do every run; return the rows of the table, and what failed, by name."""
+    write_random_model(folder / "model", size)
+    rows, failures = {}, {}
+    for name in GPU_RUNS:
+        try:
+            with monkeypatch.context() as patch:
+                patch.setenv("ACCELERATE_DYNAMO_BACKEND", compiler if name == "compiled" else "NO")
+                rows[name] = gpu_row(gpu_config(folder, size, name))
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+    try:
+        gpu_stop(folder, size, monkeypatch)
+    except (Exception, pytest.fail.Exception) as error:
+        failures["SIGTERM"] = f"{type(error).__name__}: {error}"
+    print(f"\n{'run (' + size + ')':<26} {'loss':>8} {'s/step':>8} {'used GiB':>9} {'reserved GiB':>13}")
+    for name, (loss, seconds, used, reserved) in rows.items():
+        print(f"{name:<26} {loss:>8.4f} {seconds:>8.3f} {used:>9.2f} {reserved:>13.2f}")
+    for name, error in failures.items():
+        print(f"{name:<26} {error.splitlines()[0]}")
+    return rows, failures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_gpu(size, tmp_path, monkeypatch):
+    """Every storage and optimizer trains, near the loss of bf16; prints seconds per step and memory."""
+    rows, failures = gpu_table(tmp_path, size, monkeypatch, "INDUCTOR")
+    shutil.rmtree(tmp_path / "model")
+    assert failures == {}
+    same_data = set(rows) - {"batch of 2 captions", "Prodigy", "compiled", "images decoded again"}
+    assert {name: rows[name][0] for name in same_data if abs(rows[name][0] / rows["bf16"][0] - 1) > 0.05} == {}
+
+
+def test_the_gpu_suite_runs_on_a_cpu(tmp_path, monkeypatch, capsys, bitsandbytes_on_cpu):
+    """So that it is known to work when a GPU comes: its model, its runs, and its table, with a tiny model."""
+    rows, failures = gpu_table(tmp_path, "tiny", monkeypatch, "EAGER")
+    assert failures == {} and list(rows) == list(GPU_RUNS)
+    table = capsys.readouterr().out.split("run (tiny)")[1]
+    assert table.count("\n") == 1 + len(GPU_RUNS) and table.split()[:4] == ["loss", "s/step", "used", "GiB"]
+
+
+def test_a_random_model_of_the_full_kind_can_be_loaded(tmp_path, monkeypatch):
+    """The transformer that is written tensor by tensor is one that diffusers reads; here with narrow blocks."""
+    small = FULL_TRANSFORMER | {"n_layers": 1, "n_refiner_layers": 1, "dim": 128, "n_heads": 1, "n_kv_heads": 1}
+    monkeypatch.setitem(SIZES, "narrow", (small, 32, (5, 40)))
+    monkeypatch.setitem(FULL_VAE, "block_out_channels", [32] * 4)
+    write_random_model(tmp_path / "model", "narrow")
+    loss, *_ = gpu_row(gpu_config(tmp_path, "narrow", "bf16"))
+    assert 0 < loss < 10
+
+
+@pytest.mark.oldest
+def test_the_oldest_versions_run_the_demo(tmp_path):
+    """The lower bounds of the requirements are true: a fresh environment of exactly these versions runs the demo."""
+    versions = (HERE / "requirements_z_image.txt").read_text().replace(">=", "==").split()
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    for wanted in (versions[:1], versions):
+        subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
+    done = subprocess.run([python, str(SCRIPT), "--demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "LoRA      z-image-demo" in done.stdout, done.stderr[-3000:]
