@@ -62,6 +62,7 @@ HERE = Path(__file__).parent
 SCRIPT = HERE / "train_dreambooth_lora_z_image.py"
 README = (HERE / "README.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
+NO_FP8_PRODUCTS = not torch.cuda.is_available() and torch.__version__ < (2, 12)  # F.scaled_mm is for GPUs only
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
 LONG = ("benchmark", "soak", "ablation", "gpu", "oldest")
 FP32 = Config(pretrained_model_name_or_path="m", instance_data_dir="d", instance_prompt="p", mixed_precision="no")
@@ -428,6 +429,8 @@ def test_readme_main_command_then_resume_then_inference(workplace, model, hub, m
 
 @pytest.mark.parametrize("name", ["fp8", "prodigy"])
 def test_readme_variants_of_the_main_command(name, workplace, model, hub):
+    if name == "fp8" and NO_FP8_PRODUCTS:
+        pytest.skip("torch before 2.12 multiplies in fp8 on GPUs only")
     done = run_block(block_with(f"trained-z-image-lora-{name}"), workplace, model, FEW, hub.env)
     assert done.returncode == 0, done.stderr[-3000:]
     output = workplace / f"trained-z-image-lora-{name}"
@@ -978,7 +981,7 @@ def test_captions_that_are_not_used_are_pointed_out(make_config, images, capsys)
     samples = z.plan_samples(make_config())
     assert not any(sample.has_caption for sample in samples)
     said = capsys.readouterr().out
-    assert f"{images / 'metadata.jsonl'} has no column text or caption or prompt; rename tags" in said
+    assert f"{images / 'metadata.jsonl'} has no captions; their column is text or caption or prompt, not tags" in said
     assert (
         "ignored: 0.png.txt, captions.csv (captions are read from NAME.txt, NAME.caption, metadata.jsonl, and" in said
     )
@@ -2174,16 +2177,16 @@ def test_weights_go_to_the_device_without_a_stay_in_host_memory(storage, make_co
     """Else every process would hold 12 GB of its own; FSDP moves a shard at a time."""
     cuda, cfg = torch.device("cuda:1"), make_config(quantization=storage)
     monkeypatch.setattr(PartialState, "device", property(lambda self: cuda, lambda self, _: None), raising=False)
-    assert z.quantization_options(cfg, torch.bfloat16)["device_map"] == {"": cuda}
+    assert z.loading_options(cfg, torch.bfloat16)["device_map"] == {"": cuda}
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert ("device_map" in z.quantization_options(cfg, torch.bfloat16)) == (storage is not None)
+    assert ("device_map" in z.loading_options(cfg, torch.bfloat16)) == (storage is not None)
 
 
 def test_a_device_map_changes_nothing_else(make_config, model, monkeypatch):
     """The path of a GPU, on the CPU."""
-    options = z.quantization_options
+    options = z.loading_options
     plain = dict(z.load_transformer(model, make_config(), torch.float32).named_parameters())
-    monkeypatch.setattr(z, "quantization_options", lambda *args: options(*args) | {"device_map": {"": CPU}})
+    monkeypatch.setattr(z, "loading_options", lambda *args: options(*args) | {"device_map": {"": CPU}})
     mapped = z.load_transformer(model, make_config(), torch.float32)
     assert all(torch.equal(parameter, plain[name]) for name, parameter in mapped.named_parameters())
     cfg = make_config()
@@ -2313,6 +2316,17 @@ def _bitsandbytes_on_cpu(request):
     """`--quantization nf4` is diffusers' and bitsandbytes', which diffusers refuses without a GPU."""
     if "without_a_gpu" not in request.node.name:
         request.getfixturevalue("bitsandbytes_on_cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fp8_products_on_cpu(monkeypatch):
+    """Replace the fp8 matmul of a torch that has it for GPUs only."""
+
+    def scaled_mm(left, right, left_scale, _, right_scale, __, output_dtype):
+        return ((left.float() * left_scale) @ (right.float() * right_scale)).to(output_dtype)
+
+    if NO_FP8_PRODUCTS:
+        monkeypatch.setattr(nn.functional, "scaled_mm", scaled_mm)
 
 
 def frozen_layers(transformer):
@@ -3198,7 +3212,6 @@ def test_the_first_lines_name_the_device(make_config, monkeypatch, capsys):
     assert len(list(z.describe_device(make_config(demo=True)))) == 1, "a demo is meant to run anywhere"
     cuda = torch.device("cuda:0")
     monkeypatch.setattr(PartialState, "device", property(lambda self: cuda, lambda self, _: None), raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     lines = list(z.describe_device(make_config(mixed_precision="bf16")))
@@ -3302,6 +3315,10 @@ from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
 bnb_quantizer.BnB4BitDiffusersQuantizer.validate_environment = lambda self, *_, **__: None
 bnb_quantizer.BnB4BitDiffusersQuantizer.update_device_map = lambda self, _: {"": "cpu"}
+if not torch.cuda.is_available() and torch.__version__ < (2, 12):  # F.scaled_mm is for GPUs only
+    torch.nn.functional.scaled_mm = lambda left, right, left_scale, _, right_scale, __, output_dtype: (
+        (left.float() * left_scale) @ (right.float() * right_scale)
+    ).to(output_dtype)
 
 def report(self, *args, prepare=Accelerator.prepare):
     prepared = prepare(self, *args)
@@ -3642,25 +3659,43 @@ def test_a_dropped_connection_saves_the_run_unless_it_was_told_to_ignore_it(make
         signal.signal(signal.SIGHUP, previous)
 
 
+DEAF = """import os, signal, sys
+import train_dreambooth_lora_z_image as z
+read = z.Image.open
+
+def open_image(path):
+    if not z.multiprocessing.parent_process():
+        return read(path)
+    os.kill(os.getppid(), signal.SIGTERM)
+    return read("fifo")  # never returns
+
+z.RUN_AS_SCRIPT, z.LOADER_TIMEOUT, z.Image.open = True, 60, open_image
+z.run_or_exit(z.main, z.parse_config(sys.argv[1:]))"""
+
+
 def test_a_batch_that_never_comes_does_not_make_a_run_deaf(workplace, model):
-    """A worker waits for an image that has become a FIFO; the run still answers SIGTERM, with its steps saved."""
-    flags = [flag for flag in small_run(model) if flag != "--cache_latents"]
-    process = start(workplace, *flags, "--dataloader_num_workers=1", "--validation_steps=1000")
-    read_until(process, "step 0: images in")
-    while not steps_on_disk(workplace / "out")[0]:
-        os.sched_yield()
-    for image in (workplace / "dog").glob("*.jpeg"):
-        os.mkfifo(image.with_suffix(".fifo"))
-        os.replace(image.with_suffix(".fifo"), image)
-    stopped = [-1]
-    while stopped != (stopped := steps_on_disk(workplace / "out")[0]):  # until no step is added any more
-        for _ in range(3000):
-            os.sched_yield()
-    process.send_signal(signal.SIGTERM)
-    rest = process.communicate(timeout=300)[0]
-    rows, checkpoints = steps_on_disk(workplace / "out")
-    assert process.returncode == 128 + signal.SIGTERM and checkpoints == [rows[-1]], rest
-    assert f"stopped by SIGTERM after step {rows[-1]}, which is saved" in rest and "Traceback" not in rest
+    """The loader's process waits for ever; the run answers SIGTERM, its steps are saved, no process is left."""
+    flags = [flag for flag in small_run(model, "--max_train_steps=1") if flag != "--cache_latents"]
+    assert run_script(*flags, cwd=workplace, env={"HF_HOME": "hf"}).returncode == 0
+    os.mkfifo(workplace / "fifo")
+    command = [sys.executable, "-c", DEAF, *flags, "--dataloader_num_workers=1", "--max_train_steps=9"]
+    env = {**os.environ, "HF_HOME": "hf", "PYTHONPATH": str(workplace)}
+    done = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr, done.stderr
+    assert "stopped by SIGTERM after step 1, which is saved" in done.stderr
+
+
+def test_the_time_can_be_over_while_a_batch_is_awaited():
+    stop = z.StopRequest(None)
+
+    def never():
+        threading.Thread(target=stop.expire).start()
+        for _ in range(1000):
+            threading.Event().wait(0.01)
+        yield pytest.fail("the wait was not interrupted")
+
+    with stop:
+        assert list(stop.heed(never())) == [] and stop.reason == "--max_train_minutes"
 
 
 def test_the_wait_for_a_batch_ends(make_config, monkeypatch, tmp_path):
@@ -3692,9 +3727,7 @@ def test_a_worker_that_fails_ends_the_run_with_one_sentence(workplace, model):
     rest = process.communicate(timeout=300)[0]
     assert process.returncode == 2 and "Traceback" not in rest and "\\n" not in rest, rest
     error = re.search("error: .*", rest)[0]
-    assert re.match(
-        r"error: dog/dog-\d.jpeg or its encoding has disappeared or changed during the run: \[Errno 2\]", error
-    )
+    assert re.match(r"error: dog/dog-\d.jpeg or its encoding cannot be read any more: \[Errno 2\]", error)
     assert len(error) < 200
 
 
@@ -3764,6 +3797,16 @@ def test_processes_do_not_ask_each_other_for_nothing(make_config, monkeypatch):
     monkeypatch.setattr(z, "any_process", lambda condition: asked.append(condition) or condition)
     run(make_config(max_train_steps=3, gradient_accumulation_steps=2))
     assert len(asked) == 2 + 3 * 2, "two for the caches, and one for each micro-batch"
+
+
+def test_the_timer_of_a_run_that_has_ended_stops_no_other():
+    """In one process, such as a notebook's, the time of an earlier run may be over while a later one trains."""
+    first = z.StopRequest(None)
+    with first:
+        pass
+    with z.StopRequest(None) as second:
+        first.expire()
+        assert second.reason == "" and not second.is_agreed()
 
 
 def test_checkpoints_by_the_clock(make_config, tmp_path):

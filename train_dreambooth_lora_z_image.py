@@ -3,9 +3,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.13.0", "diffusers>=0.42.1", "transformers>=5.24.0", "peft>=0.21.2", "accelerate>=1.15.0",
-#     "torchao>=0.18.0", "bitsandbytes>=0.50.2", "prodigyopt>=1.1.2", "wandb>=0.31.0", "huggingface_hub>=2.4.0",
-#     "Pillow>=13.0.0",
+#     "torch>=2.11.0", "diffusers>=0.40.0", "transformers>=5.0.0", "peft>=0.18.0", "accelerate>=1.13.0",
+#     "torchao>=0.16.0", "bitsandbytes>=0.50.0", "prodigyopt>=1.1.2", "wandb>=0.22.2", "huggingface_hub>=1.23.0",
+#     "Pillow>=11.3.0",
 # ]
 # ///
 """Train a DreamBooth LoRA: teach Z-Image a new subject or style from a few images, in one file.
@@ -13,7 +13,6 @@
     python train_dreambooth_lora_z_image.py --demo                                  # a tiny model, no download, no GPU
     accelerate launch train_dreambooth_lora_z_image.py --pretrained_model_name_or_path=Tongyi-MAI/Z-Image \\
         --instance_data_dir=dog --instance_prompt="a photo of sks dog" --gradient_checkpointing --cache_latents
-    accelerate launch train_dreambooth_lora_z_image.py --config OUTPUT_DIR/config.json --resume_from_checkpoint latest
 
 Read the file from top to bottom: a section uses only the sections above it.
 
@@ -35,7 +34,6 @@ resumed run sees the same images, noise, and learning rates as one that never st
 bytes. A run on more processes with the same total batch follows the same loss curve up to rounding (without dropout).
 """
 
-import _thread
 import argparse
 import atexit
 import collections
@@ -679,13 +677,13 @@ class Schedule:
 def find_files(folder: Path) -> list[Path]:
     """List the files below a folder in sorted order, through links; foreign folders are listed but not entered."""
     found, entered = [], set()
-    for parent, inner, names in os.walk(folder, True, lambda error: say(f"warning: {error}; skipped"), True):
+    for parent, dirs, files in os.walk(folder, onerror=lambda why: say(f"warning: {why}; skipped"), followlinks=True):
         if os.path.realpath(parent) in entered:  # through a link
-            inner[:] = names = []
+            dirs[:] = files = []
         entered.add(os.path.realpath(parent))
-        foreign = [name for name in inner if FOREIGN_FOLDER.fullmatch(name.lower())]
-        found += [Path(parent, name) for name in names + foreign]
-        inner[:] = sorted(set(inner) - set(foreign))
+        foreign = [name for name in dirs if FOREIGN_FOLDER.fullmatch(name.lower())]
+        found += [Path(parent, name) for name in files + foreign]
+        dirs[:] = sorted(set(dirs) - set(foreign))
     return sorted(found)
 
 
@@ -717,7 +715,8 @@ def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
     """Read captions from a table. Raises UserError for an image that does not exist or a bad caption."""
     captions, columns, known = {}, set(), {identity(path): path for path in images}
     text = read_text(file)
-    rows = csv.DictReader(io.StringIO(text, newline="")) if file.suffix == ".csv" else text.split("\n")
+    with explained(f"{file} is not a table", "its first line must name the columns"):
+        rows = [*csv.DictReader(io.StringIO(text, newline=""))] if file.suffix == ".csv" else text.split("\n")
     for number, row in enumerate(rows, start=1):
         place = f"{file}, row {number}"
         if isinstance(row, str) and not row.strip():
@@ -732,7 +731,7 @@ def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
             captions[image] = caption.strip()
         columns |= {str(key) for key, value in row.items() if isinstance(value, str)} - {"file_name"}
     if columns and not captions:
-        say(f"note: {file} has no column {' or '.join(CAPTION_COLUMNS)}; rename {' or '.join(sorted(columns))}")
+        say(f"note: {file} has no captions; their column is {' or '.join(CAPTION_COLUMNS)}, not {', '.join(columns)}")
     return captions
 
 
@@ -1314,8 +1313,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
-from accelerate.utils import gather_object, send_to_device
-from accelerate.utils import reduce as reduce_tensor
+from accelerate.utils import gather_object, reduce as reduce_tensor, send_to_device
 from diffusers import AutoencoderKL, BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, TorchAoConfig
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -1323,14 +1321,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling, free_memory
 from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weights
-from diffusers.utils import logging as diffusers_logging
-from diffusers.utils import make_image_grid
+from diffusers.utils import logging as diffusers_logging, make_image_grid
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file, save as serialize
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -1390,10 +1385,11 @@ def find_model(cfg: Config) -> Path:
     parts = ["*.json", "tokenizer/*", *(f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer"))]
     problem = f"--pretrained_model_name_or_path {name} is not a local folder and cannot be downloaded"
     options = {"revision": cfg.revision, "token": cfg.hub_token, "allow_patterns": parts}
-    with contextlib.suppress(LocalEntryNotFoundError, UserError):  # a complete copy in the usual cache
-        folder = Path(snapshot_download(name, **options, local_files_only=cfg.cache_dir is not None))
-        check_components(folder, cfg.variant)
-        return folder
+    if cfg.cache_dir is not None:
+        with contextlib.suppress(Exception):  # a complete copy in the usual cache
+            folder = Path(snapshot_download(name, **options, local_files_only=True))
+            check_components(folder, cfg.variant)
+            return folder
     with PartialState().local_main_process_first(), explained(problem, "check the name and the network"):
         folder = Path(snapshot_download(name, **options, cache_dir=cfg.cache_dir))
     check_components(folder, cfg.variant)
@@ -1557,7 +1553,7 @@ def ignore_signals(worker: int) -> None:
 @atexit.register
 def kill_workers() -> None:
     """Kill data loader workers that are left; at exit, Python would wait for them to obey SIGTERM."""
-    workers = multiprocessing.active_children()
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
     if workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report an error
     for process in workers:
@@ -1573,7 +1569,7 @@ class TrainingExamples(Dataset):
     def __getitem__(self, example: Example) -> Batch:
         cfg, number, sample = self.encodings.cfg, example[0], self.samples[example[1]]
         is_flipped, centering = sample_augmentation(cfg, number)
-        with explained(f"{sample.path} or its encoding has disappeared or changed during the run", "start again"):
+        with explained(f"{sample.path} or its encoding cannot be read any more", "restore it, and resume the run"):
             if cfg.cache_latents:
                 image = load_file(self.encodings.latents(sample, is_flipped))["latents"]
             else:
@@ -1688,7 +1684,7 @@ def make_empty_transformer(model: Path) -> ZImageTransformer2DModel:
         return ZImageTransformer2DModel.from_config(ZImageTransformer2DModel.load_config(model / "transformer"))
 
 
-def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
+def loading_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Translate the storage of the frozen weights into options for `from_pretrained`."""
     outside = ["all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder"]  # only the blocks are quantized
     device = PartialState().device
@@ -1699,7 +1695,7 @@ def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
         kind = {"fp8": Float8WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[cfg.storage]
-        config = TorchAoConfig(kind(set_inductor_config=False), modules_to_not_convert=outside)
+        config = TorchAoConfig(kind(set_inductor_config=False, version=2), modules_to_not_convert=outside)
     else:
         given, known = read_bnb_settings(cfg), inspect.signature(BitsAndBytesConfig).parameters
         unknown = ", ".join(sorted(set(given) - set(known)))
@@ -1711,7 +1707,7 @@ def quantization_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 def load_transformer(model: Path, cfg: Config, dtype: torch.dtype) -> ZImageTransformer2DModel:
     """Load the frozen transformer, tensor by tensor, to the device, or to host memory for FSDP."""
-    options = {"variant": cfg.variant, "torch_dtype": dtype} | quantization_options(cfg, dtype)
+    options = {"variant": cfg.variant, "torch_dtype": dtype} | loading_options(cfg, dtype)
     with explained(f"{model}/transformer cannot be loaded"):
         transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
     reject_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
@@ -1950,6 +1946,7 @@ class StopRequest:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.handlers = {}
 
     def receive(self, number: int, frame: Any) -> None:
         """Handle a signal; interrupt the wait for a batch; a second SIGINT does what it did before training."""
@@ -1963,7 +1960,8 @@ class StopRequest:
     def expire(self) -> None:
         """End the time for training, as a signal would."""
         self.reason = self.reason or "--max_train_minutes"
-        _thread.interrupt_main(signal.SIGTERM)
+        if self.handlers:
+            signal.raise_signal(signal.SIGTERM)  # the main thread handles it
 
     def heed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches until the processes agree to stop."""
@@ -2066,7 +2064,7 @@ def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
             rows, scale = to_fp8(torch.ones(MIN_FP8_ROWS, 10240, device=device))  # the longest sum, the fewest rows
             multiply_fp8(rows, rows.t(), scale, scale.t())
     with explained("the frozen weights cannot be quantized here", "--quantization int8 and fp8 work everywhere"):
-        options = quantization_options(cfg, dtype)
+        options = loading_options(cfg, dtype)
         if "quantization_config" in options:
             DiffusersAutoQuantizer.from_config(options["quantization_config"]).validate_environment()
     if cfg.has_8bit_state:
@@ -2561,7 +2559,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
 
 def describe_device(cfg: Config) -> Iterator[str]:
     """Yield the device that the run uses, and a warning if it is not suitable."""
-    device, is_gpu = PartialState().device, torch.cuda.is_available()
+    device, is_gpu = PartialState().device, PartialState().device.type == "cuda"
     yield f"device: {torch.cuda.get_device_name(device) if is_gpu else device.type}, {cfg.mixed_precision} precision"
     if device.type == "cpu" and not cfg.demo:
         yield "warning: torch sees no GPU; on a CPU, training the full model is far too slow"
@@ -2635,7 +2633,8 @@ def train_and_save(run: Run) -> None:
         if saved_step < step:
             save_checkpoint(run, step, binding)
     if step < last:
-        kill_workers()
+        if RUN_AS_SCRIPT:
+            kill_workers()
         for tracker in run.accelerator.trackers:
             tracker.finish()
         raise Stopped(f"stopped by {stop.reason} after step {step}{', which is saved' * (step > 0)}", stop.number)
