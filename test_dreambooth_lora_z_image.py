@@ -914,7 +914,7 @@ FOREIGN = {
     "views": (["dog.png", "dog-1.png", "dog-2.png", "dog_side.png"], 4, ""),
     "kohya": (
         ["img/10_sks dog/0.png", "reg/1_dog/0.png"], 1,
-        "use --repeats 10 --instance_prompt='sks dog'\nignored: reg (class images belong in --class_data_dir)",
+        "ignored: reg (class images belong in --class_data_dir)\nnote: 10_sks dog sets nothing; use --repeats 10 and",
     ),
 }  # fmt: skip
 
@@ -974,6 +974,32 @@ def test_captions_are_found_by_what_paths_mean(accent, make_config, tmp_path, mo
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("content", "words"), [
+    ("file_name,text\n0.png,sks dog, zero\n", "row 1 has more fields than columns; put captions with commas in"),
+    ("name;text\n0.png;x\n", 'row 1 is not a JSON object, or a line of a CSV table, with "file_name"'),
+    ('file_name,text\n0.png,"' + "x" * 200_000 + '"\n', "metadata.csv is not a table: field larger than field limit"),
+])  # fmt: skip
+def test_a_table_that_is_no_table_is_refused(content, words, make_config, images):
+    """A caption is never cut at a comma without a word."""
+    (images / "metadata.csv").write_text(content)
+    with pytest.raises(UserError, match=words):
+        z.plan_samples(make_config())
+
+
+def test_kohyas_names_are_explained_until_they_are_followed(make_config, tmp_path, capsys):
+    draw(tmp_path / "kohya" / "10_sks dog" / "0.png")
+    draw(tmp_path / "kohya" / "reg" / "1_dog" / "0.png")
+    cfg = make_config(instance_data_dir=str(tmp_path / "kohya"), instance_prompt="sks dog", repeats=10)
+    z.plan_samples(cfg)
+    assert "sets nothing" not in capsys.readouterr().out
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "kohya" / "reg"), "class_prompt": "dog"}
+    samples = z.plan_samples(dataclasses.replace(cfg, num_class_images=1, **prior))
+    assert [sample.is_prior for sample in samples] == [False, True] and "sets nothing" not in capsys.readouterr().out
+    missing = dataclasses.replace(cfg, **prior | {"class_data_dir": str(tmp_path / "later")})
+    z.plan_samples(missing)
+    assert "warning" not in capsys.readouterr().out, "class images will be generated there"
+
+
 def test_captions_that_are_not_used_are_pointed_out(make_config, images, capsys):
     (images / "metadata.jsonl").write_text('{"file_name": "0.png", "tags": "red", "score": 3}\n')
     (images / "0.png.txt").write_text("a")
@@ -992,7 +1018,7 @@ def test_a_prompt_that_is_not_trained_is_no_trigger(make_config, images, tmp_pat
         (images / f"{number}.txt").write_text(f"caption {number}")
     run(make_config())
     assert "--instance_prompt is not used: every image has its own caption" in capsys.readouterr().out
-    assert "a photo of sks dog" not in (tmp_path / "out" / "README.md").read_text().split("Settings")[0]
+    assert "a photo of sks dog" not in (tmp_path / "out" / "README.md").read_text().split("Other settings")[0]
     assert z.read_sealed(tmp_path / "out" / "pytorch_lora_weights.safetensors")["modelspec.trigger_phrase"] == ""
     (images / "0.txt").unlink()
     run(make_config(output_dir=str(tmp_path / "used")))
@@ -1032,7 +1058,7 @@ def test_other_files_and_damaged_images_are_named(make_config, images, capsys):
     (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     samples = z.plan_samples(make_config())
     said = capsys.readouterr().out
-    assert len(samples) == 5 and "ignored: .DS_Store, notes.md" in said
+    assert len(samples) == 5 and "ignored: notes.md, .DS_Store" in said
     assert re.search(r"warning: .*cut.jpg cannot be read as an image: .*; skipped", said)
     assert re.search(r"warning: .*zero.jpg cannot be read as an image: .*; skipped", said)
 
@@ -1405,7 +1431,7 @@ MISTAKES = {
     ),
     "metadata is not JSON": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text("file_name: x\n") and [],
-        'metadata.jsonl, row 1 has no "file_name": Expecting value',
+        'metadata.jsonl, row 1 is not a JSON object, or a line of a CSV table, with "file_name": Expecting value',
     ),
     "bucket": (lambda w: ["--aspect_ratio_buckets=100,64"], "--aspect_ratio_buckets: sides must be multiples of 16"),
     "rank 0": (lambda w: ["--rank=0"], "--rank must be at least 1"),
@@ -3958,11 +3984,11 @@ def test_more_processes_or_fewer_continue_on_the_same_curve(make_config, tmp_pat
 
 CHANGED = {
     "seed": ({"seed": 1}, r"--seed 1 \(was 0\)"),
-    "resolution": ({"resolution": 48}, r"--resolution 48 \(was 32\); images: 0.png, 1.png"),
+    "resolution": ({"resolution": 48}, r"--resolution 48 \(was 32\); images, captions: 0.png, 1.png"),
     "alpha": ({"lora_alpha": 2.0}, r"--lora_alpha 2.0 \(was 4\)"),
     "batch": ({"train_batch_size": 2}, r"--train_batch_size x processes 2 \(was 1\)"),
     "accumulation": ({"gradient_accumulation_steps": 2}, r"--gradient_accumulation_steps 2 \(was 1\)"),
-    "prompt": ({"instance_prompt": "other"}, "images: 0.png"),
+    "prompt": ({"instance_prompt": "other"}, "images, captions: 0.png"),
     "flips": ({"random_flip": True}, r"--random_flip True \(was False\)"),
     "objective": ({"weighting_scheme": "none"}, r"--weighting_scheme none \(was logit_normal\)"),
     "precision": ({"mixed_precision": "bf16"}, r"--mixed_precision bf16 \(was no\)"),
@@ -4007,7 +4033,7 @@ def test_changed_settings_are_refused_with_the_list_unless_meant(make_config, tm
     run(moved)
     draw(images / "1.png", color=(1, 2, 3))
     (images / "0.png").unlink()
-    with pytest.raises(UserError, match=r"data: images: 0.png, 1.png. Restore them, or add --resume_anyway"):
+    with pytest.raises(UserError, match=r"data: images, captions: 0.png, 1.png. Restore them, or add --resume_anyway"):
         run(dataclasses.replace(again, max_train_steps=4))
 
 
@@ -4484,7 +4510,7 @@ def test_model_card(make_config, tmp_path):
     run(make_config(instance_prompt='a "sks" dog: 狗', **more))
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.instance_prompt == 'a "sks" dog: 狗' and card.data.license == "apache-2.0"
-    assert "at earlier steps: checkpoint-1, checkpoint-2." in card.text
+    assert "Earlier steps that the run also saved: checkpoint-1." in card.text
     assert '"max_train_steps": 2' in card.text and str(tmp_path) not in card.text
     for row in card.data.widget:
         assert (tmp_path / "out" / row["output"]["url"]).is_file() and f"]({row['output']['url']})" in card.text

@@ -30,8 +30,7 @@ Read the file from top to bottom: a section uses only the sections above it.
     Main                    `run_all`: every stage of a run, in order
 
 Data flows one way, the config is frozen, and every random choice is a function of (seed, example number). So a
-resumed run sees the same images, noise, and learning rates as one that never stopped, and on a CPU writes the same
-bytes. A run on more processes with the same total batch follows the same loss curve up to rounding (without dropout).
+resumed run, or one on more processes with the same total batch, sees the same images, noise, and learning rates.
 """
 
 import argparse
@@ -485,8 +484,7 @@ def matches(value: Any, hint: Any) -> bool:
         return hint is bool
     if hint is float:
         return isinstance(value, (int, float)) and -1e300 < value < 1e300
-    is_broken = hint is str and re.search("[\ud800-\udfff]", str(value))  # Python decodes bytes outside UTF-8 to these
-    return isinstance(value, hint) and not is_broken
+    return isinstance(value, hint) and not (hint is str and re.search("[\ud800-\udfff]", value))  # no UTF-8
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -705,9 +703,6 @@ def select_images(files: list[Path]) -> list[Path]:
     images = [path for path in images if path not in foreign]
     for ending in [ending for ending, paths in pairs.items() if 2 * len(paths - foreign) >= len(images) > 2]:
         say(f"note: half of the images are named like another one plus {ending}; remove them if they are not meant")
-    folders = [re.fullmatch(r"(\d{1,3})_(.+)", name) for name in sorted({path.parent.name for path in images})]
-    for match in filter(None, folders):  # of kohya's scripts
-        say(f"note: the folder name {match[0]} sets nothing; use --repeats {match[1]} --instance_prompt='{match[2]}'")
     return images
 
 
@@ -721,9 +716,10 @@ def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
         place = f"{file}, row {number}"
         if isinstance(row, str) and not row.strip():
             continue
-        with explained(f'{place} has no "file_name"', "fix or remove the row"):
+        with explained(f'{place} is not a JSON object, or a line of a CSV table, with "file_name"', "fix it"):
             row = json.loads(row) if isinstance(row, str) else row
             image = known.get(identity(file.parent / row["file_name"]))
+        require(None not in row, f"{place} has more fields than columns; put captions with commas in quotes")
         require(image is not None, f"{place} lists {row['file_name']}, which is not an image there; fix the row")
         caption = next((row[key] for key in CAPTION_COLUMNS if row.get(key) is not None), None)
         if caption is not None:
@@ -801,18 +797,19 @@ def choose_bucket(size: tuple[int, int], cfg: Config) -> tuple[int, int] | None:
 
 def describe_ignored(files: list[Path]) -> list[str]:
     """Name the files that are not used, with hints."""
-    suffixes, names = {path.suffix.lower() for path in files}, [path.name for path in files]
-    hints = ["convert HEIC images, for example to JPEG"] * bool(suffixes & {".heic", ".heif"})
+    suffixes, names = {path.suffix.lower() for path in files}, [path.name for path in files if path.name[0] != "."]
+    names += [path.name for path in files if path.name[0] == "."]  # last
+    hints = ["convert HEIC images to JPEG"] * bool(suffixes & {".heic", ".heif"})
     hints += ["class images belong in --class_data_dir"] * ("reg" in names)
     if suffixes & {".txt", ".caption", ".json", ".jsonl", ".csv"}:
         hints.append("captions are read from NAME.txt, NAME.caption, metadata.jsonl, and metadata.csv")
-    hint = f" ({'; '.join(hints)})" * bool(hints)
-    return [f"ignored: {', '.join(names[:10])}{', ...' * (len(names) > 10)}{hint}"] * bool(names)
+    shown = ", ".join(names[:10]) + f", and {len(names) - 10} more" * (len(names) > 10)
+    return [f"ignored: {shown}" + f" ({'; '.join(hints)})" * bool(hints)] * bool(names)
 
 
 def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -> list[Sample]:
     """Make samples from the images in a folder; report skipped files. Raises UserError for a bad caption."""
-    found, samples = find_files(Path(os.path.normpath(folder))), []
+    found, samples, skipped = find_files(Path(os.path.normpath(folder))), [], []
     images = select_images(found)
     tables = [path for path in found if path.name in CAPTION_TABLES and path.is_file()]
     captions = {image: text for table in tables for image, text in read_metadata(table, images).items()}
@@ -829,13 +826,14 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
             bucket = choose_bucket(size, cfg)
             require(bucket is not None, f"{path} is too small for any bucket ({size[0]} x {size[1]})")
         except (UserError, OSError) as error:
-            say(f"warning: {error}; skipped")
+            skipped.append(f"warning: {error}; skipped")
             continue
         caption = captions.get(path) if texts[path] is None else read_text(texts[path]).strip()
         text = prompt if caption is None else caption
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
         samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest))
+    say(*skipped)  # not before: tqdm would show a bar that is not due
     return samples
 
 
@@ -853,6 +851,10 @@ def plan_samples(cfg: Config) -> list[Sample]:
     samples = scan_images(folder, cfg.instance_prompt, False, cfg)
     kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + " (HEIC must be converted)"
     require(bool(samples), f"{origin} contains no usable image; add some: {kinds}")
+    folders = [re.fullmatch(r"(\d{1,3})_(.+)", name) for name in sorted({s.path.parent.name for s in samples})]
+    for match in folders:  # as in kohya's scripts
+        if match is not None and match.groups() != (str(cfg.repeats), cfg.instance_prompt):
+            say(f"note: {match[0]} sets nothing; use --repeats {match[1]} and --instance_prompt='{match[2]}'")
     samples += plan_class_images(cfg) if cfg.with_prior_preservation else []
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
 
@@ -860,7 +862,7 @@ def plan_samples(cfg: Config) -> list[Sample]:
 def plan_class_images(cfg: Config) -> list[Sample]:
     """Find the class images, and name those that are yet to be generated."""
     folder, side = Path(os.path.normpath(cfg.class_data_dir)), cfg.training_side
-    present = scan_images(folder, cfg.class_prompt, True, cfg)
+    present = scan_images(folder, cfg.class_prompt, True, cfg) if folder.exists() else []
     names = (folder / f"class-{number:05d}.png" for number in itertools.count())
     free = itertools.islice((path for path in names if not path.exists()), max(0, cfg.num_class_images - len(present)))
     bucket = choose_bucket((side, side), cfg)
@@ -1253,7 +1255,7 @@ def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any
     changed = {name: f"{name} {now} (was {old.get(name)})" for name, now in binding.items() if now != old.get(name)}
     if "images" in changed:
         names = sorted({line[65:] for line in set(binding["images"]) ^ set(old["images"])})
-        changed["images"] = f"images: {', '.join(names[:10]) or 'in another order'}{', ...' * (len(names) > 10)}"
+        changed["images"] = f"images, captions: {', '.join(names[:10]) or 'other order'}{', ...' * (len(names) > 10)}"
     is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
     require(
         not changed or (is_possible and cfg.resume_anyway),
@@ -2232,9 +2234,8 @@ def make_pipeline(transformer: nn.Module, encodings: Encodings) -> ZImagePipelin
 
 
 def sample_images(
-    pipeline: ZImagePipeline, encodings: Encodings, jobs: list[tuple[str, int]], side: int,
-    on_step_end: Callable[..., dict[str, Any]] | None = None,
-) -> list[Image.Image]:  # fmt: skip
+    pipeline: ZImagePipeline, encodings: Encodings, jobs: list[tuple[str, int]], side: int, on_step_end: Any = None
+) -> list[Image.Image]:
     """Generate one square image per (prompt, seed); the global random state is not touched."""
     cfg, device, home = encodings.cfg, pipeline.transformer.device, pipeline.vae.device
     prompts = [prompt for prompt, _ in jobs] + [cfg.negative_prompt] * (len(jobs) if cfg.guidance_scale > 0 else 0)
@@ -2380,10 +2381,10 @@ def save_model_card(cfg: Config, plan: Plan) -> None:
         widget=[{"text": text, "output": {"url": file}} for text, file in images] or None,
     )  # fmt: skip
     card = CARD.format(
-        trigger=one_line(trigger or "(every image had its own caption)"),
+        trigger=one_line(trigger or "none: every image has its own caption"),
         images="\n".join(f"![{one_line(text)}]({file})" for text, file in images),
         cfg=cfg, scale=f"{cfg.lora_scale:g}", last=step, base=base or "path/to/the/base/model",
-        checkpoints=", ".join(path.name for path in list_checkpoints(Path(cfg.output_dir))),
+        checkpoints=", ".join(path.name for path in list_checkpoints(Path(cfg.output_dir))[:-1]) or "none",
         settings=json.dumps(public, ensure_ascii=False),
         side=cfg.validation_resolution or cfg.training_side,
         prompt=json.dumps((prompts or [trigger or plan.samples[0].prompt])[0], ensure_ascii=False),
@@ -2449,8 +2450,7 @@ image.save("output.png")
 
 DreamBooth LoRA for Z-Image, from `train_dreambooth_lora_z_image.py`: rank {cfg.rank}, alpha / rank {scale} (folded
 into the file), layers {cfg.lora_layers}, {last} steps of {cfg.optimizer} at {cfg.learning_rate}, {cfg.resolution}
-pixels. The run also saved the LoRA at earlier steps: {checkpoints}. Settings that differ from the defaults, without
-paths: `{settings}`
+pixels. Earlier steps that the run also saved: {checkpoints}. Other settings, without paths: `{settings}`
 """
 
 DEMO_FAREWELL = """
