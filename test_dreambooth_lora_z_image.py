@@ -498,13 +498,17 @@ def test_a_stopped_run_does_not_end_the_kernel(workplace, model):
     import nbformat
 
     flags = " ".join(small_run(model, "--max_train_minutes=1e-9", "--skip_final_inference"))
-    run = f"%run {SCRIPT.name} {flags}"
-    check = "import signal; print('alive', signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (run, check)])
+    run = f"""import signal
+try:
+    get_ipython().run_line_magic("run", {f"{SCRIPT.name} {flags}"!r})
+finally:
+    print("alive", signal.getsignal(signal.SIGINT) is signal.default_int_handler)"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (run, "print('well')")])
     options = {"timeout": 300, "allow_errors": True, "resources": {"metadata": {"path": str(workplace)}}}
     nbclient.NotebookClient(notebook, **options).execute()
     outputs = ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
-    assert "stopped by --max_train_minutes after step" in outputs[0] and outputs[1] == "alive True\n"
+    assert "stopped by --max_train_minutes after step" in outputs[0] and "alive True" in outputs[0]
+    assert outputs[1] == "well\n"
 
 
 def press_enter_until_it_ends(command, env):
@@ -904,6 +908,7 @@ def test_whatever_lies_among_the_images_is_used_or_named(name, make_config, tmp_
 FOREIGN = {
     "mask of OneTrainer": (["0.png", "0-masklabel.png", "1.png", "1-masklabel.png"], 2, "ignored: 0-masklabel.png, "),
     "mask and thumbnail": (["0.png", "0_mask.png", "0.mask.png", "0_thumb.jpg"], 1, "ignored: 0.mask.png, 0_mask.p"),
+    "two separators": (["a-b.png", "a-b__mask.png"], 1, "ignored: a-b__mask.png"),
     "mask of another suffix": (["0.jpg", "0-Mask.PNG"], 1, "ignored: 0-Mask.PNG"),
     "a mask as a subject": (["my-mask.png", "red_mask.png"], 2, ""),
     "Synology": (["0.png", "@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "#recycle/9.png"], 1, "ignored: #recycle, @eaDir"),
@@ -977,6 +982,7 @@ def test_captions_are_found_by_what_paths_mean(accent, make_config, tmp_path, mo
 @pytest.mark.parametrize(("content", "words"), [
     ("file_name,text\n0.png,sks dog, zero\n", "row 1 has more fields than columns; put captions with commas in"),
     ("name;text\n0.png;x\n", 'row 1 is not a JSON object, or a line of a CSV table, with "file_name"'),
+    ('file_name,text\n0.png,"open\n1.png,b\n', "metadata.csv is not a table: unexpected end of data"),
     ('file_name,text\n0.png,"' + "x" * 200_000 + '"\n', "metadata.csv is not a table: field larger than field limit"),
 ])  # fmt: skip
 def test_a_table_that_is_no_table_is_refused(content, words, make_config, images):
@@ -1076,6 +1082,14 @@ def test_a_good_image_is_decoded_only_once(make_config, images, monkeypatch, tmp
     planned = z.plan_samples(cfg)
     monkeypatch.setattr(z, "load_image", lambda path: pytest.fail(f"{path} was decoded again"))
     assert z.plan_samples(cfg) == planned and planned[-1].size == (64, 96) and len(planned) == 6
+
+
+def test_a_full_cache_disk_drops_no_image(make_config, monkeypatch, tmp_path):
+    def refuse(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(z, "write_file", refuse)
+    assert len(z.plan_samples(make_config(cache_dir=str(tmp_path / "full")))) == 5
 
 
 def test_a_damaged_record_of_a_size_is_made_again(make_config, images, tmp_path):
@@ -1610,6 +1624,19 @@ def test_a_disk_that_refuses_is_answered_in_a_sentence(workplace, model, capsys)
     with pytest.raises(SystemExit) as stop:
         z.run_or_exit(lambda cfg: (workplace / ("x" * 300)).mkdir(), cfg)
     assert stop.value.code == 2 and "error: [Errno 36] File name too long" in capsys.readouterr().err
+
+
+def test_what_a_worker_of_another_process_reports_is_printed(make_config, monkeypatch, capsys):
+    """The error arrives with the worker's traceback in front, and without a cause."""
+    monkeypatch.setenv("RANK", "1")
+    wrapped = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback\n  ...\nz.UserError: 1.png is gone"
+
+    def fail(cfg):
+        raise UserError(wrapped)
+
+    with pytest.raises(SystemExit):
+        z.run_or_exit(fail, make_config())
+    assert capsys.readouterr().err == "error: 1.png is gone\n"
 
 
 def test_what_only_one_process_suffers_is_not_silent(make_config, monkeypatch, capsys):
@@ -3199,7 +3226,8 @@ def test_a_gpu_without_memory_gets_a_sentence(make_config, monkeypatch, capsys):
     def exhausted(*args):
         calls.append(args)
         if len(calls) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMany lines")
+            with z.explained("a part of the run failed"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMany lines")
         return loss(*args)
 
     monkeypatch.setattr(z, "training_loss", exhausted)
@@ -3666,6 +3694,60 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     rest = process.communicate(timeout=300)[0]
     assert process.returncode == -signal.SIGUSR1 and "Traceback" not in rest, "before the training: at once"
     assert steps_on_disk(workplace / "out")[1][-1] >= rows[-1]
+
+
+def test_the_first_of_several_signals_is_the_reason_and_the_status():
+    stop = z.StopRequest(None)
+    stop.receive(signal.SIGUSR1, None)
+    stop.receive(signal.SIGTERM, None)
+    assert (stop.reason, stop.number) == ("SIGUSR1", signal.SIGUSR1)
+
+
+def test_the_time_that_ends_in_the_final_validation_stops_nothing(make_config, monkeypatch, tmp_path):
+    """The LoRA is complete by then."""
+    requests, request = [], z.StopRequest
+    monkeypatch.setattr(z, "StopRequest", lambda minutes: requests.append(request(minutes)) or requests[-1])
+    generate = z.sample_images
+    monkeypatch.setattr(z, "sample_images", lambda *args: requests[0].expire() or generate(*args))
+    run(make_config(final_validation_prompt="a"))
+    assert (tmp_path / "out" / "README.md").is_file() and requests[0].reason == "--max_train_minutes"
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_run(workplace, model):
+    """As in a container with too little shared memory: here, no worker may write a file of a batch's size."""
+    flags = [flag for flag in small_run(model) if flag != "--cache_latents"]
+    code = """import resource, sys
+import train_dreambooth_lora_z_image as z
+ignore = z.ignore_signals
+def limit(worker):
+    ignore(worker)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+z.ignore_signals = limit
+z.run_or_exit(z.main, z.parse_config(sys.argv[1:]))"""
+    env = {**os.environ, "HF_HOME": "hf", "PYTHONPATH": str(workplace)}
+    command = [sys.executable, "-c", code, *flags, "--dataloader_num_workers=1"]
+    done = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: the data loader failed: DataLoader worker (pid(s) " in done.stderr
+    assert "more shared memory (--shm-size or --ipc=host)" in done.stderr
+
+
+def test_children_of_a_notebook_are_not_killed_and_hanging_workers_are():
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=threading.Event().wait, daemon=is_worker) for is_worker in (True, False)]
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        for child in children:
+            child.start()
+        z.kill_workers()
+        children[0].join()
+        assert children[0].exitcode == -signal.SIGKILL and children[1].is_alive()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        children[1].kill()
+        children[1].join()
 
 
 def test_a_dropped_connection_saves_the_run_unless_it_was_told_to_ignore_it(make_config, monkeypatch):

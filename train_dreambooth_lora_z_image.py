@@ -86,7 +86,8 @@ class UserError(ValueError):
     """An error that the user can fix: one sentence that names the flag or file and the remedy."""
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(re.sub(r"(?s)^Caught .*\n\S*UserError: ", "", sentence.strip()))  # by a data loader's process
+        super().__init__(re.sub(r"(?s)^Caught .*\n\S*UserError: ", "", sentence.strip()))
+        self.__cause__ = RuntimeError(sentence) if sentence.startswith("Caught ") else None  # by a loader's process
 
 
 class Stopped(KeyboardInterrupt):
@@ -108,9 +109,9 @@ def explained(what: str, remedy: str = "") -> Iterator[None]:
     """Turn any exception of a library into a UserError: what failed, why, and the remedy."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or type(error).__name__ == "OutOfMemoryError":  # `main` explains it
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"{what}: {reason}{remedy and '; '}{remedy}") from error
 
@@ -635,7 +636,7 @@ CACHE_VERSION = 3  # increase it when the same inputs give different encodings
 FOREIGN_FOLDER = re.compile(  # hidden; or of NAS systems, archives, photo managers, annotation tools, kohya's scripts
     r"\..*|@eadir|@recycle|[#$]recycle(\.bin)?|#snapshot|lost\+found|__macosx|thumb(nail)?s|masks?|segmentation\w+|reg"
 )
-FOREIGN_ENDING = re.compile(r"[-_. ](mask(label)?|matte|alpha|depth|seg|thumb(nail)?)s?")  # after an image's name
+FOREIGN_ENDING = re.compile(r"[-_. ]+(mask(label)?|matte|alpha|depth|seg|thumb(nail)?)s?")  # after an image's name
 Example = tuple[int, int]  # an element of the endless stream: its position, and the index of its sample
 warnings.filterwarnings("ignore", module="PIL")  # about images that it reads anyway
 Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow rejects images of more than twice as many
@@ -696,7 +697,7 @@ def select_images(files: list[Path]) -> list[Path]:
     images = [path for path in images if path.is_file()]  # reading a FIFO would never end
     stems, pairs = {path.with_suffix("") for path in images}, collections.defaultdict(set)
     for path in images:
-        match = re.fullmatch(r"(?s)(.+)([-_. ][^\W\d][^-_. ]*)", path.stem)
+        match = re.fullmatch(r"(?s)(.+?)([-_. ]+[^\W\d][^-_. ]*)", path.stem)
         if match is not None and path.with_name(match[1]) in stems:
             pairs[match[2].lower()].add(path)
     foreign = set().union(*(paths for ending, paths in pairs.items() if FOREIGN_ENDING.fullmatch(ending)))
@@ -711,7 +712,7 @@ def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
     captions, columns, known = {}, set(), {identity(path): path for path in images}
     text = read_text(file)
     with explained(f"{file} is not a table", "its first line must name the columns"):
-        rows = [*csv.DictReader(io.StringIO(text, newline=""))] if file.suffix == ".csv" else text.split("\n")
+        rows = [*csv.DictReader(io.StringIO(text), strict=True)] if file.suffix == ".csv" else text.split("\n")
     for number, row in enumerate(rows, start=1):
         place = f"{file}, row {number}"
         if isinstance(row, str) and not row.strip():
@@ -762,7 +763,8 @@ def measure(path: Path, digest: str, cfg: Config) -> tuple[int, int]:
         with explained(f"{path} cannot be read as an image"):
             width, height = load_image(path).size
         size = {"height": str(height), "width": str(width)}
-        write_file(memo, seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
+        with contextlib.suppress(OSError):  # it only saves time
+            write_file(memo, seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
     return int(size["height"]), int(size["width"])
 
 
@@ -797,8 +799,8 @@ def choose_bucket(size: tuple[int, int], cfg: Config) -> tuple[int, int] | None:
 
 def describe_ignored(files: list[Path]) -> list[str]:
     """Name the files that are not used, with hints."""
-    suffixes, names = {path.suffix.lower() for path in files}, [path.name for path in files if path.name[0] != "."]
-    names += [path.name for path in files if path.name[0] == "."]  # last
+    suffixes, names = {path.suffix.lower() for path in files}, [path.name for path in files]
+    names.sort(key=lambda name: name[0] == ".")  # hidden ones last
     hints = ["convert HEIC images to JPEG"] * bool(suffixes & {".heic", ".heif"})
     hints += ["class images belong in --class_data_dir"] * ("reg" in names)
     if suffixes & {".txt", ".caption", ".json", ".jsonl", ".csv"}:
@@ -1387,12 +1389,12 @@ def find_model(cfg: Config) -> Path:
     parts = ["*.json", "tokenizer/*", *(f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer"))]
     problem = f"--pretrained_model_name_or_path {name} is not a local folder and cannot be downloaded"
     options = {"revision": cfg.revision, "token": cfg.hub_token, "allow_patterns": parts}
-    if cfg.cache_dir is not None:
-        with contextlib.suppress(Exception):  # a complete copy in the usual cache
-            folder = Path(snapshot_download(name, **options, local_files_only=True))
-            check_components(folder, cfg.variant)
-            return folder
     with PartialState().local_main_process_first(), explained(problem, "check the name and the network"):
+        if cfg.cache_dir is not None:
+            with contextlib.suppress(Exception):  # a complete copy in the usual cache
+                folder = Path(snapshot_download(name, **options, local_files_only=True))
+                check_components(folder, cfg.variant)
+                return folder
         folder = Path(snapshot_download(name, **options, cache_dir=cfg.cache_dir))
     check_components(folder, cfg.variant)
     return folder
@@ -1546,8 +1548,8 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave signals and error messages to the main process, in a data loader worker."""
-    sys.excepthook = lambda *error: None
+    """Ignore stop signals in a data loader worker, but end it if a batch cannot be sent, which nobody would notice."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *error: os._exit(1))
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1593,9 +1595,8 @@ def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iter
     size, rank = cfg.train_batch_size, state.process_index
     batches = micro_batches(samples, cfg, size * state.num_processes)
     batches = itertools.islice(batches, step * cfg.gradient_accumulation_steps, None)
-    workers = cfg.dataloader_num_workers
-    if workers is None:
-        workers = 2 if RUN_AS_SCRIPT and not cfg.cache_latents else 0  # a notebook's functions may not reach workers
+    usual = 2 if RUN_AS_SCRIPT and not cfg.cache_latents else 0  # a notebook's functions may not reach workers
+    workers = usual if cfg.dataloader_num_workers is None else cfg.dataloader_num_workers
     loader = DataLoader(
         TrainingExamples(samples, encodings), collate_fn=collate,
         batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
@@ -1954,9 +1955,10 @@ class StopRequest:
         """Handle a signal; interrupt the wait for a batch; a second SIGINT does what it did before training."""
         if number == signal.SIGINT:
             signal.signal(number, self.handlers.get(number, signal.SIG_DFL))
-        self.number, self.reason = number, self.reason or signal.Signals(number).name
+        self.number, self.reason = (self.number if self.reason else number), self.reason or signal.Signals(number).name
         if self.is_waiting:
             self.is_waiting = False
+            kill_workers()  # one may hang
             raise Stopped(self.reason, number)
 
     def expire(self) -> None:
@@ -2304,13 +2306,13 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     if not jobs:
         return
     say(f"step {step}: generating {len(jobs)} images")
-    is_sharded = is_on("ACCELERATE_USE_FSDP")  # then the compiled model gathers the weights
-    live = run.accelerator.unwrap_model(run.transformer, keep_torch_compile=is_sharded).eval()
+    live = run.accelerator.unwrap_model(run.transformer, keep_torch_compile=is_on("ACCELERATE_USE_FSDP")).eval()
+    on_step_end = None if is_final else run.stop.on_step_end  # finally, the LoRA is complete
     pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
     for prompt, image in share_of(jobs, is_even=True):
         job = (prompts[prompt], cfg.seed + image)
-        with torch.compiler.set_stance("force_eager"):
-            (sampled,) = sample_images(pipeline, run.encodings, [job], side, run.stop.on_step_end)
+        with torch.compiler.set_stance("force_eager"):  # FSDP gathers weights in the compiled model only
+            (sampled,) = sample_images(pipeline, run.encodings, [job], side, on_step_end)
         write_file(folder / f"{prompt}-{image}.png", png_bytes(sampled))
     del pipeline
     free_memory()
@@ -2633,8 +2635,6 @@ def train_and_save(run: Run) -> None:
         if saved_step < step:
             save_checkpoint(run, step, binding)
     if step < last:
-        if RUN_AS_SCRIPT:
-            kill_workers()
         for tracker in run.accelerator.trackers:
             tracker.finish()
         raise Stopped(f"stopped by {stop.reason} after step {step}{', which is saved' * (step > 0)}", stop.number)
