@@ -3751,13 +3751,16 @@ def test_children_of_a_notebook_are_not_killed_and_hanging_workers_are():
 
 
 def test_a_dropped_connection_saves_the_run_unless_it_was_told_to_ignore_it(make_config, monkeypatch):
-    previous = signal.getsignal(signal.SIGHUP)
-    with pytest.raises(z.Stopped, match="stopped by SIGHUP after step 1, which is saved") as stopped:
-        log = z.log_metrics
-        monkeypatch.setattr(z, "log_metrics", lambda *args: log(*args) or os.kill(os.getpid(), signal.SIGHUP))
-        run(make_config(max_train_steps=100))
-    assert stopped.value.number == signal.SIGHUP
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests themselves may run under nohup
     try:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(z.Stopped, match="by SIGHUP after step 1, which") as stopped,
+        ):
+            log = z.log_metrics
+            patch.setattr(z, "log_metrics", lambda *args: log(*args) or os.kill(os.getpid(), signal.SIGHUP))
+            run(make_config(max_train_steps=100))
+        assert stopped.value.number == signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         with z.StopRequest(None) as stop:
             os.kill(os.getpid(), signal.SIGHUP)
