@@ -40,6 +40,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -57,6 +58,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -65,12 +67,15 @@ import typing
 import unicodedata
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil  # accelerate depends on it
 from filelock import FileLock, Timeout  # torch depends on it
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import safe_open
@@ -171,12 +176,13 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, *content: bytes | memoryview) -> None:
     """Write a file atomically: it is either complete or absent. Used for everything but metrics.jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".z-image-{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.writelines(content)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -193,14 +199,17 @@ def split_safetensors(content: bytes) -> tuple[dict[str, Any], memoryview]:
     return json.loads(content[8:end]), memoryview(content)[end:]
 
 
-def seal(content: bytes, metadata: dict[str, str]) -> bytes:
-    """Add metadata and a hash of everything to a safetensors file, so that equal content gives equal bytes."""
+def seal(content: bytes, metadata: dict[str, str]) -> tuple[bytes, memoryview]:
+    """Add metadata and a hash of everything to a safetensors file, so that equal content gives equal bytes.
+
+    Returns the new header and the tensors, not one copy of both: they may have half a gigabyte.
+    """
     header, tensors = split_safetensors(content)
     header = {"__metadata__": dict(sorted(metadata.items()))} | header  # safetensors 0.8 would shuffle it
     header["__metadata__"]["sha256"] = sha256(json.dumps(header).encode() + hashlib.sha256(tensors).digest())
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join((len(text).to_bytes(8, "little"), text, tensors))
+    return len(text).to_bytes(8, "little") + text, tensors
 
 
 def read_sealed(path: Path) -> dict[str, str] | None:
@@ -314,7 +323,8 @@ class Config:
     num_train_epochs: int | None = flag(None, "Epochs; each shows every instance image --repeats times.", at_least=1)
     train_batch_size: int = flag(1, "Batch size per process.", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Micro-batches per step.", "--gradient_accumulation", at_least=1)
-    gradient_checkpointing: bool = flag(False, "Recompute activations: much less memory, up to twice the time.")
+    gradient_checkpointing: bool | None = flag(None, "Recompute all blocks, or none. Default: on a GPU, what fits.")
+    checkpoint_blocks: str | None = flag(None, "Recompute only the first N blocks, or 'attention' of every block.")
     mixed_precision: Precision = flag("bf16", "Precision of frozen weights and compute; no=fp32.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step always gets one.", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Keep only this many of the newest checkpoints.", at_least=1)
@@ -328,7 +338,10 @@ class Config:
     quantization: Storage | None = flag(None, "Store frozen weights in 8 or 4 bits; compute in --mixed_precision.")
     do_fp8_training: bool = flag(False, "Store and multiply weights in fp8; needs compute capability 8.9 or higher.")
     bnb_quantization_config_path: str | None = flag(None, "JSON file with a bitsandbytes configuration, 4 or 8 bits.")
-    offload: bool = flag(False, "Keep the VAE in CPU memory; it is on the GPU only while in use.")
+    offload: bool = flag(False, "Keep text encoder and VAE in CPU memory; only parts in use are on the GPU.")
+    dry_run: bool = flag(False, "Check everything, report the plan and its simulated memory, and stop.")
+    fit: str | None = flag(None, "Choose what fits in this many GiB, or in the GPU ('auto'), and is fastest.")
+    compile: bool = flag(False, "Compile the blocks with torch.compile; takes minutes at the start.")
     attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, _native_cudnn, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
     allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
@@ -382,6 +395,19 @@ class Config:
         return "fp8" if self.do_fp8_training else self.quantization
 
     @property
+    def recomputed(self) -> str:
+        """Return what the backward pass recomputes: 'none', a number of blocks, their 'attention', or 'all'."""
+        if uses_fsdp_checkpointing():
+            return "none"
+        return self.checkpoint_blocks or ("all" if self.gradient_checkpointing else "none")
+
+    @property
+    def compiler(self) -> str | None:
+        """Return the backend of torch.compile, if `--compile` or the accelerate configuration asks for it."""
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        return backend if backend != "no" else "inductor" * self.compile or None
+
+    @property
     def training_side(self) -> int:
         """Return the side in pixels of a square with the area of the largest bucket."""
         areas = [height * width for height, width in parse_buckets(self.aspect_ratio_buckets)]
@@ -389,9 +415,11 @@ class Config:
 
     @property
     def encodings_folder(self) -> Path:
-        """Return the folder of cached encodings: inside `--cache_dir`, else inside the Hugging Face home."""
+        """Return the folder of cached encodings, in `--cache_dir` or the Hugging Face home; temporary in a dry run."""
         from huggingface_hub import constants
 
+        if self.dry_run:
+            return Path(tempfile.gettempdir(), f"z-image-dry-run-{os.getpid()}")
         return Path(self.cache_dir or constants.HF_HOME) / "z-image-encodings"
 
     @property
@@ -460,6 +488,16 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield "--hub_token contains whitespace or an invalid character; copy it again"
     if cfg.push_to_hub and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", cfg.repository, re.A):
         yield f"--hub_model_id {cfg.repository} is not a valid repository name; use one such as user/my-lora"
+    if not re.fullmatch(r"\d{1,4}|attention", cfg.checkpoint_blocks or "0"):
+        yield f"--checkpoint_blocks accepts a number of blocks or 'attention', got {cfg.checkpoint_blocks!r}"
+    if cfg.checkpoint_blocks is not None and cfg.gradient_checkpointing is not None:
+        yield "--checkpoint_blocks and --gradient_checkpointing set the same; give only one of them"
+    if cfg.fit != "auto" and not re.fullmatch(r"\d{0,6}[1-9]\d*\.?\d*|0?\.\d*[1-9]\d*", cfg.fit or "1"):
+        yield f"--fit accepts the memory of a GPU in GiB, as in 24, or 'auto', got {cfg.fit!r}"
+    if cfg.fit is not None and is_on("ACCELERATE_USE_FSDP"):
+        yield "--fit does not know how FSDP shards the model; remove it"
+    if cfg.dry_run and cfg.demo:
+        yield "--demo needs no --dry_run: it creates what it trains on, and takes less than a minute"
     if cfg.overwrite_output_dir and cfg.resume_from_checkpoint is not None:
         yield "--overwrite_output_dir would delete what --resume_from_checkpoint resumes; give only one of them"
 
@@ -578,7 +616,7 @@ def advice(cfg: Config) -> Iterator[str]:
         yield "--use_8bit_adam saves little: 240 MB compared with fp32 AdamW, at rank 16 with the default layers"
     elif cfg.use_8bit_adam:
         yield "--use_8bit_adam is ignored with --optimizer prodigy"
-    if cfg.gradient_checkpointing and uses_fsdp_checkpointing():
+    if (cfg.gradient_checkpointing or cfg.checkpoint_blocks) and uses_fsdp_checkpointing():
         yield "--gradient_checkpointing: FSDP's own activation checkpointing is used instead"
     if cfg.revision is not None and os.path.exists(cfg.pretrained_model_name_or_path):
         yield "--revision has no effect on a local folder"
@@ -764,7 +802,7 @@ def measure(path: Path, digest: str, cfg: Config) -> tuple[int, int]:
             width, height = load_image(path).size
         size = {"height": str(height), "width": str(width)}
         with contextlib.suppress(OSError):  # it only saves time
-            write_file(memo, seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
+            write_file(memo, *seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
     return int(size["height"]), int(size["width"])
 
 
@@ -1155,15 +1193,20 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
     return sorted(path for path in component.glob("*.safetensors") if name.fullmatch(path.name))
 
 
-def check_components(model: Path, variant: str | None) -> None:
-    """Reject an incomplete model folder, naming the missing component or shard, or the truncated file."""
+def check_components(model: Path, cfg: Config) -> None:
+    """Reject an incomplete model folder, naming the missing component, shard, or truncated file.
+
+    In a dry run, a component may have no weights yet.
+    """
+    variant = cfg.variant
     advice = "--pretrained_model_name_or_path needs a complete folder in diffusers format, or a Hub name"
     for component, file in COMPONENTS.items():
         require((model / component / file).is_file(), f"{model} has no {component}/{file}; {advice}")
         weights = weight_files(model / component, variant)
         names = ", ".join(sorted(path.name for path in (model / component).glob("*.safetensors")))
         wanted = f"for --variant {variant}, only {names or 'none'}" if variant else f"(*.safetensors); {advice}"
-        require(bool(weights) or file != "config.json", f"{model}/{component} has no weights {wanted}")
+        is_absent = cfg.dry_run and not names
+        require(bool(weights) or is_absent or file != "config.json", f"{model}/{component} has no weights {wanted}")
         for path in weights:
             with explained(f"{path} is damaged or not fully downloaded", advice), safe_open(path, "numpy"):
                 pass
@@ -1173,7 +1216,7 @@ def check_components(model: Path, variant: str | None) -> None:
             with explained(f"{path} is damaged", advice):
                 shards = set(content["weight_map"].values()) if is_index else set()
             missing = sorted(shard for shard in shards if not (model / component / shard).is_file())
-            require(not missing, f"{model}/{component} is missing {', '.join(missing)}; {advice}")
+            require(not missing or is_absent, f"{model}/{component} is missing {', '.join(missing)}; {advice}")
     vocabularies = [model / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
     require(any(path.is_file() for path in vocabularies), f"{model}/tokenizer has no tokenizer.json; {advice}")
 
@@ -1182,7 +1225,7 @@ def check_model(cfg: Config) -> None:
     """Reject a name that is neither a complete model folder nor a possible Hub name."""
     name = cfg.pretrained_model_name_or_path
     if os.path.exists(name):
-        return check_components(Path(name), cfg.variant)
+        return check_components(Path(name), cfg)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
     require(is_name, f"--pretrained_model_name_or_path {name} does not exist and is not a Hub name (USER/MODEL)")
 
@@ -1191,8 +1234,8 @@ def check_packages(cfg: Config) -> None:
     """Reject settings whose optional package is not installed, with the command that installs it."""
     needed = {
         "datasets": cfg.dataset_name, "prodigyopt": cfg.optimizer == "prodigy",
-        "torchao": cfg.storage in ("fp8", "int8"),
-        "bitsandbytes": cfg.quantization == "nf4" or cfg.bnb_quantization_config_path or cfg.has_8bit_state,
+        "torchao": cfg.fit or cfg.storage in ("fp8", "int8"),
+        "bitsandbytes": cfg.fit or cfg.quantization == "nf4" or cfg.bnb_quantization_config_path or cfg.has_8bit_state,
         "wandb": "wandb" in cfg.trackers, "tensorboard": "tensorboard" in cfg.trackers,
     }  # fmt: skip
     for package, is_needed in needed.items():
@@ -1204,7 +1247,7 @@ def check_launch(cfg: Config) -> None:
     """Reject accelerate settings that this script or Z-Image does not support."""
     source = "accelerate configuration:"
     require(os.environ.get("ACCELERATE_MIXED_PRECISION") != "fp16", NO_FP16.format(source))
-    for name in ("USE_DEEPSPEED", "USE_MEGATRON_LM", "DYNAMO_USE_REGIONAL_COMPILATION"):
+    for name in ("USE_DEEPSPEED", "USE_MEGATRON_LM"):
         require(not is_on(f"ACCELERATE_{name}"), f"{source} {name} is not supported; multi-GPU, FSDP, and dynamo are")
     if not is_on("ACCELERATE_USE_FSDP"):
         return
@@ -1315,12 +1358,14 @@ logging.disable(logging.WARNING)  # hide irrelevant import warnings from torchao
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, PartialState, cpu_offload
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 from accelerate.utils import gather_object, reduce as reduce_tensor, send_to_device
 from diffusers import AutoencoderKL, BitsAndBytesConfig, FlowMatchEulerDiscreteScheduler, TorchAoConfig
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_z_image import FeedForward, ZImageTransformerBlock
 from diffusers.optimization import get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling, free_memory
@@ -1328,11 +1373,16 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weig
 from diffusers.utils import logging as diffusers_logging, make_image_grid
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import Linear as LoraLinear, LoraLayer
 from safetensors.torch import load_file, save as serialize
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented, in spite of the underscore
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
@@ -1386,17 +1436,18 @@ def find_model(cfg: Config) -> Path:
     if Path(name).is_dir():
         return Path(name)
     weights = "*.safetensors" if cfg.variant is None else f"*.{cfg.variant}[.-]*safetensors"
-    parts = ["*.json", "tokenizer/*", *(f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer"))]
+    parts = ["*.json", "tokenizer/*"]
+    parts += [f"{part}/{weights}" for part in ("text_encoder", "vae", "transformer") if not cfg.dry_run]
     problem = f"--pretrained_model_name_or_path {name} is not a local folder and cannot be downloaded"
     options = {"revision": cfg.revision, "token": cfg.hub_token, "allow_patterns": parts}
     with PartialState().local_main_process_first(), explained(problem, "check the name and the network"):
-        if cfg.cache_dir is not None:
+        if cfg.cache_dir is not None and not cfg.dry_run:
             with contextlib.suppress(Exception):  # a complete copy in the usual cache
                 folder = Path(snapshot_download(name, **options, local_files_only=True))
-                check_components(folder, cfg.variant)
+                check_components(folder, cfg)
                 return folder
-        folder = Path(snapshot_download(name, **options, cache_dir=cfg.cache_dir))
-    check_components(folder, cfg.variant)
+        folder = Path(snapshot_download(name, **options, cache_dir=None if cfg.dry_run else cfg.cache_dir))
+    check_components(folder, cfg)
     return folder
 
 
@@ -1428,50 +1479,69 @@ def reject_missing(names: list[str] | set[str], component: Path) -> None:
     require(not names, f"{component} has no weights for {', '.join(sorted(names)[:3])}; download it again")
 
 
-def load_text_encoder(model: Path, cfg: Config) -> tuple[Any, nn.Module]:
-    """Load the tokenizer, and Qwen3 without its last layer and norm: Z-Image reads `hidden_states[-2]`."""
-    with explained(f"{model}: text_encoder or tokenizer cannot be loaded"):
-        config = Qwen3Config.from_pretrained(model / "text_encoder")
-        config.num_hidden_layers -= 1
-        config.layer_types = config.layer_types and config.layer_types[: config.num_hidden_layers]
+def read_text_encoder_config(model: Path) -> Qwen3Config:
+    """Describe Qwen3 without its last layer: Z-Image reads `hidden_states[-2]`."""
+    config = Qwen3Config.from_pretrained(model / "text_encoder")
+    config.num_hidden_layers -= 1
+    config.layer_types = config.layer_types and config.layer_types[: config.num_hidden_layers]
+    return config
+
+
+def load_text_encoder(model: Path, cfg: Config) -> nn.Module:
+    """Load Qwen3 without its last layer and norm, which Z-Image does not read."""
+    with explained(f"{model}/text_encoder cannot be loaded"):
+        config = read_text_encoder_config(model)
         options = {"variant": cfg.variant, "dtype": DTYPES[cfg.mixed_precision], "output_loading_info": True}
         text_encoder, report = Qwen3Model.from_pretrained(model / "text_encoder", config=config, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model / "tokenizer")
     reject_missing(report["missing_keys"], model / "text_encoder")
     text_encoder.norm = nn.Identity()
-    return tokenizer, text_encoder.eval().to(PartialState().device)
+    return place(text_encoder, cfg)
+
+
+def place(module: nn.Module, cfg: Config) -> nn.Module:
+    """Move a module to the device; with `--offload`, its weights stay in host memory and visit it one by one."""
+    device = PartialState().device
+    if not cfg.offload:
+        return module.eval().to(device)
+    return cpu_offload(module.eval(), device if device.type != "cpu" else "cpu")  # cpu:0 would confuse accelerate
+
+
+def tokenize(prompts: list[str], model: Path, max_sequence_length: int) -> dict[str, list[int]]:
+    """Map every prompt to its tokens, as `ZImagePipeline` does; warn about truncation."""
+    with explained(f"{model}/tokenizer cannot be loaded"):
+        tokenizer, tokens = AutoTokenizer.from_pretrained(model / "tokenizer"), {}
+    for prompt in dict.fromkeys(prompts):
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        whole = tokenizer(chat).input_ids
+        tokens[prompt] = whole[:max_sequence_length]
+        if len(whole) > max_sequence_length:
+            limit = f"{len(whole)} tokens exceeds --max_sequence_length {max_sequence_length}"
+            say(f"warning: a prompt of {limit}; cut off: {tokenizer.decode(whole[max_sequence_length:])[:200]!r}")
+    return tokens
 
 
 @torch.no_grad()
-def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str, max_sequence_length: int) -> Tensor:
-    """Encode one prompt at its true length, as `ZImagePipeline` does; warn about truncation. -> (L, 2560)"""
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    tokens = tokenizer(chat).input_ids
-    if len(tokens) > max_sequence_length:
-        lost = tokenizer.decode(tokens[max_sequence_length:])[:200]
-        limit = f"{len(tokens)} tokens exceeds --max_sequence_length {max_sequence_length}"
-        say(f"warning: a prompt of {limit}; cut off: {lost!r}", everywhere=True)
-    input_ids = torch.tensor([tokens[:max_sequence_length]], device=text_encoder.device)  # (1, L)
+def encode_prompt(text_encoder: nn.Module, tokens: list[int]) -> Tensor:
+    """Encode one prompt at its true length, as `ZImagePipeline` does. -> (L, 2560)"""
+    input_ids = torch.tensor([tokens], device=PartialState().device)  # (1, L)
     return text_encoder(input_ids=input_ids).last_hidden_state[0]
 
 
 def load_vae(model: Path, cfg: Config) -> AutoencoderKL:
-    """Load the VAE to the device, or to host memory with `--offload`."""
+    """Load the VAE."""
     with explained(f"{model}/vae cannot be loaded"):
         options = {"variant": cfg.variant, "torch_dtype": DTYPES[cfg.mixed_precision]}
         vae = AutoencoderKL.from_pretrained(model / "vae", **options)
     reject_missing([name for name, weight in vae.named_parameters() if weight.is_meta], model / "vae")
-    return vae.eval().to("cpu" if cfg.offload else PartialState().device)
+    return place(vae, cfg)
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> Tensor:
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Encode pixels in [-1, 1] to the mode of their latents, scaled. (B, 3, H, W) -> (B, 16, h, w) in fp32"""
-    home = vae.device  # the CPU with --offload
-    latents = vae.to(device).encode(pixels.to(device, vae.dtype)).latent_dist.mode().float()
-    vae.to(home)
+    latents = vae.encode(pixels.to(PartialState().device, vae.dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
@@ -1514,16 +1584,16 @@ def share_of(items: list[Any], is_even: bool = False) -> list[Any]:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as a sealed safetensors file."""
     content = serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_file(path, seal(content, metadata or {}))
+    write_file(path, *seal(content, metadata or {}))
 
 
-def fill_prompts_cache(prompts: list[str], encodings: Encodings) -> None:
+def fill_prompts_cache(tokens: dict[str, list[int]], encodings: Encodings) -> None:
     """Encode the prompts that are not cached yet; load the text encoder only if needed, and free it."""
-    mine = [prompt for prompt in share_of([*dict.fromkeys(prompts)]) if read_sealed(encodings.prompt(prompt)) is None]
+    mine = [prompt for prompt in share_of([*tokens]) if read_sealed(encodings.prompt(prompt)) is None]
     if mine:
-        tokenizer, text_encoder = load_text_encoder(encodings.model, encodings.cfg)
+        text_encoder = load_text_encoder(encodings.model, encodings.cfg)
         for prompt in progress_bar(mine, "encoding prompts"):
-            prompt_embeds = encode_prompt(tokenizer, text_encoder, prompt, encodings.cfg.max_sequence_length)
+            prompt_embeds = encode_prompt(text_encoder, tokens[prompt])
             write_tensors(encodings.prompt(prompt), {"prompt_embeds": prompt_embeds})
         del text_encoder
         free_memory()
@@ -1538,9 +1608,11 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
     mine = [job for job in mine if read_sealed(encodings.latents(*job)) is None]
     if mine:
         vae = load_vae(encodings.model, encodings.cfg)
-        for sample, is_flipped in progress_bar(mine, "encoding images"):
-            latents = encode_images(vae, load_pixels(sample, is_flipped)[None], PartialState().device)[0]
-            write_tensors(encodings.latents(sample, is_flipped), {"latents": latents})
+        with ThreadPoolExecutor(1) as decoder:  # the next image is decoded while the VAE works
+            pixels = decoder.submit(load_pixels, *mine[0])
+            for job, following in zip(progress_bar(mine, "encoding images"), [*mine[1:], mine[0]]):
+                image, pixels = pixels.result(), decoder.submit(load_pixels, *following)
+                write_tensors(encodings.latents(*job), {"latents": encode_images(vae, image[None])[0]})
         del vae
         free_memory()
     if not any_process(bool(mine)):
@@ -1609,7 +1681,7 @@ def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iter
     while True:
         with explained("the data loader failed", remedy):
             batch = next(loaded)
-        latents = batch.latents if vae is None else encode_images(vae, batch.latents, state.device)
+        latents = batch.latents if vae is None else encode_images(vae, batch.latents)
         yield send_to_device(batch._replace(latents=latents), state.device)
 
 
@@ -1617,6 +1689,7 @@ def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iter
 # Transformer and LoRA
 # =====================================================================================================================
 
+BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+")
 FP8, MIN_FP8_ROWS = torch.float8_e4m3fn, 256  # cuBLAS rejects products of fewer rows (and it would gain nothing)
 LAYER_ALIASES = {"ff.net.0.proj": ("w1", "w3"), "ff.net.2": ("w2",)}  # their names in diffusers' other transformers
 
@@ -1670,6 +1743,85 @@ class FrozenProduct(torch.autograd.Function):
         return product.to(ctx.dtype).unflatten(0, gradient.shape[:-1]), None, None
 
 
+class LeanNorm(torch.autograd.Function):
+    """x / rms(x) * weight; it saves x in its own dtype and one number per row, not copies in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalize. (..., D) -> (..., D)"""
+        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, inverse, weight)
+        return (x * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Compute the gradient of the input; the weight has none. (..., D) -> (..., D)"""
+        x, inverse, weight = ctx.saved_tensors
+        direction, gradient = x * inverse, gradient * weight
+        along = (gradient * direction).mean(-1, keepdim=True)  # (..., 1)
+        return (inverse * (gradient - direction * along)).to(x.dtype), None, None
+
+
+class LeanGate(torch.autograd.Function):
+    """silu(a) * b; it saves only a and b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """Gate. (..., D), (..., D) -> (..., D)"""
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of both. (..., D) -> (..., D), (..., D)"""
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * b, a), F.silu(a).mul_(gradient)
+
+
+class LeanRMSNorm(RMSNorm):
+    """An RMSNorm with a frozen weight."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Apply the layer. (..., D) -> (..., D)"""
+        return LeanNorm.apply(hidden_states, self.weight, self.eps)
+
+
+class LeanFeedForward(FeedForward):
+    """The feed-forward layers of a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers. (..., D) -> (..., D)"""
+        return self.w2(LeanGate.apply(self.w1(x), self.w3(x)))
+
+
+class LeanLora(LoraLinear):
+    """A LoRA whose fp32 matrices are cast to the dtype of the input; PEFT casts the input, and saves the copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer and its update. (..., K) -> (..., N)"""
+        a, b = self.lora_A["default"].weight.to(x.dtype), self.lora_B["default"].weight.to(x.dtype)  # (r, K), (N, r)
+        update = F.linear(F.linear(self.lora_dropout["default"](x), a), b)
+        return torch.add(self.base_layer(x), update, alpha=self.scaling["default"])
+
+
+class HalfCheckpointedBlock(ZImageTransformerBlock):
+    """A block that recomputes its attention half, which saves more for less work than the other half."""
+
+    def forward(self, x: Tensor, attn_mask: Any, freqs_cis: Tensor, adaln_input: Any = None, *omni: Any) -> Tensor:
+        """Apply the block. (B, L, D), (B, L) or None, (B, L, 64), (B, 256) or None -> (B, L, D)"""
+        factors = [1.0] * 4
+        if self.modulation:
+            scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
+            factors = [1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()]  # of (B, 1, D)
+        x = checkpoint(self.attend, x, *factors[:2], attn_mask, freqs_cis, use_reentrant=False)
+        return x + factors[3] * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * factors[2]))
+
+    def attend(self, x: Tensor, scale: Any, gate: Any, attn_mask: Any, freqs_cis: Tensor) -> Tensor:
+        """Apply the attention half. (B, L, D) -> (B, L, D)"""
+        attended = self.attention(self.attention_norm1(x) * scale, attention_mask=attn_mask, freqs_cis=freqs_cis)
+        return x + gate * self.attention_norm2(attended)
+
+
 class FrozenLinear(nn.Linear):
     """A quantized layer; the libraries' own keep a bf16 weight or fp32 activations for the backward pass."""
 
@@ -1714,15 +1866,46 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype) -> ZImageTran
     with explained(f"{model}/transformer cannot be loaded"):
         transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
     reject_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
+    freeze_quantized(transformer, cfg)
+    transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps that of an earlier run in this process
+    return transformer.requires_grad_(False)
+
+
+def freeze_quantized(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
+    """Make quantized layers FrozenLinear, whichever library has quantized them."""
     for module in transformer.modules():
-        weight = getattr(module, "weight", None)
+        weight = module.weight if isinstance(module, nn.Linear) else None
         if hasattr(weight, "qdata") or hasattr(weight, "quant_state"):  # torchao's, or bitsandbytes' in 4 bits
             fits = all(side % 16 == 0 for side in weight.shape)  # fp8 matmuls require it
             module.__class__, module.has_fp8_products = FrozenLinear, cfg.do_fp8_training and fits
-    transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps that of an earlier run in this process
-    if cfg.gradient_checkpointing and not uses_fsdp_checkpointing():
-        transformer.enable_gradient_checkpointing()
-    return transformer.requires_grad_(False)
+
+
+def swap_class(module: nn.Module, kinds: dict[type, type]) -> None:
+    """Give a module a class of ours, for the same weights, in place of the library's."""
+    module.__class__ = next((ours for theirs, ours in kinds.items() if isinstance(module, theirs)), type(module))
+
+
+def prepare_blocks(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
+    """Have the layers save less for the backward pass, recompute what the config says, and compile the blocks."""
+    for module in transformer.modules():
+        swap_class(module, {RMSNorm: LeanRMSNorm, FeedForward: LeanFeedForward, LoraLayer: LeanLora})
+    blocks = [module for module in transformer.modules() if isinstance(module, ZImageTransformerBlock)]
+    if cfg.recomputed == "attention":
+        for block in blocks:
+            swap_class(block, {ZImageTransformerBlock: HalfCheckpointedBlock})
+    elif cfg.recomputed != "none":
+        main = [*transformer.layers]
+        is_all = cfg.recomputed == "all" or int(cfg.recomputed) >= len(main)
+        chosen = set(blocks if is_all else main[: int(cfg.recomputed)])
+        transformer.enable_gradient_checkpointing(functools.partial(apply_block, chosen))
+    if cfg.compiler is not None:
+        for block in blocks:
+            block.compile(backend=cfg.compiler, dynamic=True)  # one graph for all sizes: resumed runs compile the same
+
+
+def apply_block(chosen: set[nn.Module], block: nn.Module, *inputs: Any) -> Tensor:
+    """Apply a block; if it is chosen, the backward pass applies it again and its activations are not saved."""
+    return checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)
 
 
 def expand_range(name: str) -> Iterator[str]:
@@ -1760,10 +1943,9 @@ def check_sizes(cfg: Config, samples: list[Sample], empty: ZImageTransformer2DMo
         require(height <= 16 * rows and width <= 16 * columns, f"{limit}; {remedy}")
 
 
-def check_lengths(prompts: list[str], encodings: Encodings, empty: ZImageTransformer2DModel) -> None:
+def check_lengths(tokens: dict[str, list[int]], empty: ZImageTransformer2DModel) -> None:
     """Reject prompts that exceed the transformer's table of positions."""
-    for prompt in dict.fromkeys(prompts):
-        length = len(load_file(encodings.prompt(prompt))["prompt_embeds"])
+    for prompt, length in ((prompt, len(numbers)) for prompt, numbers in tokens.items()):
         fits = math.ceil(length / 32) * 32 + 2 <= empty.config.axes_lens[0]  # padded, and the image follows
         require(fits, f"{length} tokens are too many for this model; lower --max_sequence_length: {prompt!r}")
 
@@ -1777,9 +1959,7 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
     )  # fmt: skip
     transformer.add_adapter(settings)
     cast_training_params(transformer, torch.float32)
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # autocast would undo it
+    prepare_blocks(transformer, cfg)
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
     # Else DDP broadcasts 12 GB that every process has just read, and fails on torchao's tensors. The public option,
     # torch's `init_sync`, is not exposed by accelerate.
@@ -2005,6 +2185,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     stop: StopRequest
     shift: float  # of the noise levels
+    peaks: dict[str, int]  # the largest number of bytes on the device in each phase, if it is a GPU
 
 
 def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
@@ -2209,6 +2390,14 @@ def cut_metrics(file: Path, step: int) -> None:
     write_file(file, b"".join(match[0] for match in steps if match is not None and int(match[1]) <= step))
 
 
+def record_peak(peaks: dict[str, int], phase: str) -> None:
+    """Record the largest memory on the GPU since the last call as that of a phase."""
+    device = PartialState().device
+    if device.type == "cuda":
+        peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def log_metrics(run: Run, metrics: dict[str, float]) -> None:
     """Append one line to metrics.jsonl and log to the trackers."""
     step, schedule = metrics["step"], run.plan.schedule
@@ -2230,6 +2419,7 @@ def make_pipeline(transformer: nn.Module, encodings: Encodings) -> ZImagePipelin
     """Make a pipeline from a transformer that is on the device; prompts come from the cache."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(encodings.model / "scheduler")
     vae = load_vae(encodings.model, encodings.cfg)
+    vae.enable_slicing()  # decodes one image at a time
     pipeline = ZImagePipeline(scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -2239,18 +2429,15 @@ def sample_images(
     pipeline: ZImagePipeline, encodings: Encodings, jobs: list[tuple[str, int]], side: int, on_step_end: Any = None
 ) -> list[Image.Image]:
     """Generate one square image per (prompt, seed); the global random state is not touched."""
-    cfg, device, home = encodings.cfg, pipeline.transformer.device, pipeline.vae.device
+    cfg, device = encodings.cfg, pipeline.transformer.device
     prompts = [prompt for prompt, _ in jobs] + [cfg.negative_prompt] * (len(jobs) if cfg.guidance_scale > 0 else 0)
     tensors = [load_file(encodings.prompt(prompt))["prompt_embeds"] for prompt in prompts]
     prompt_embeds = [tensor.to(device, pipeline.transformer.dtype) for tensor in tensors]
-    pipeline.vae.to(device)
-    images = pipeline(
+    return pipeline(
         prompt_embeds=prompt_embeds[: len(jobs)], negative_prompt_embeds=prompt_embeds[len(jobs) :],
         height=side, width=side, num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for _, seed in jobs], callback_on_step_end=on_step_end,
     ).images  # fmt: skip
-    pipeline.vae.to(home)
-    return images
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -2305,16 +2492,18 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
     if not jobs:
         return
+    record_peak(run.peaks, "training")
     say(f"step {step}: generating {len(jobs)} images")
-    live = run.accelerator.unwrap_model(run.transformer, keep_torch_compile=is_on("ACCELERATE_USE_FSDP")).eval()
+    live = run.accelerator.unwrap_model(run.transformer).eval()
     on_step_end = None if is_final else run.stop.on_step_end  # finally, the LoRA is complete
     pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
     for prompt, image in share_of(jobs, is_even=True):
         job = (prompts[prompt], cfg.seed + image)
-        with torch.compiler.set_stance("force_eager"):  # FSDP gathers weights in the compiled model only
+        with torch.compiler.set_stance("force_eager"):  # not worth minutes of compilation
             (sampled,) = sample_images(pipeline, run.encodings, [job], side, on_step_end)
         write_file(folder / f"{prompt}-{image}.png", png_bytes(sampled))
     del pipeline
+    record_peak(run.peaks, "validation")
     free_memory()
     live.train()
     run.accelerator.wait_for_everyone()
@@ -2340,6 +2529,287 @@ def log_images(accelerator: Accelerator, images: list[Image.Image], captions: li
 
 
 # =====================================================================================================================
+# Memory plan
+# =====================================================================================================================
+
+GIB = 2**30
+CONTEXT, RESERVE = 0.5 * GIB, 1.05  # memory for the CUDA context, and a factor for fragmentation
+LADDER = (  # from fast to slow, by an estimate: fp8 takes 15% more time, nf4 30%, recomputing 20% or 40%
+    {"quantization": None, "gradient_checkpointing": False}, {"quantization": "fp8", "gradient_checkpointing": False},
+    {"quantization": None, "checkpoint_blocks": "attention"}, {"quantization": "nf4", "gradient_checkpointing": False},
+    {"quantization": "fp8", "checkpoint_blocks": "attention"}, {"quantization": None, "gradient_checkpointing": True},
+    {"quantization": "nf4", "checkpoint_blocks": "attention"}, {"quantization": "fp8", "gradient_checkpointing": True},
+    {"quantization": "nf4", "gradient_checkpointing": True},
+)  # fmt: skip
+
+
+class Workload(NamedTuple):
+    """What the memory of a run depends on, apart from its settings."""
+
+    model: Path
+    layers: list[str]  # with a LoRA
+    bucket: tuple[int, int]  # the largest one
+    tokens: int  # of the longest prompt
+    has_missing: bool  # class images are to be generated
+
+
+class Phase(NamedTuple):
+    """The device memory of one phase of a run, in bytes, as `torch.cuda.max_memory_allocated` counts it."""
+
+    name: str
+    weights: int
+    state: int  # of training: the LoRA, its gradients, and the optimizer
+    activations: int  # saved for the backward pass
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        """Return the sum."""
+        return sum(self[1:])
+
+
+class MemoryCounter(TorchDispatchMode):
+    """Count the bytes of all living tensors of some types, each storage once."""
+
+    def __init__(self, *kinds: type) -> None:
+        super().__init__()
+        self.kinds, self.sizes, self.now, self.peak = kinds, {}, 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if type(tensor) in self.kinds and (storage := tensor.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return result
+
+    def free(self, storage: int) -> None:
+        """Subtract the bytes of a storage."""
+        self.now -= self.sizes.pop(storage)
+
+    def restart(self) -> int:
+        """Start a new peak; returns the bytes that are in use."""
+        gc.collect()
+        self.peak = self.now
+        return self.now
+
+
+@contextlib.contextmanager
+def simulation() -> Iterator[MemoryCounter]:
+    """Have operations compute only the shapes of their results, and count the memory that these would need."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.compiler.set_stance("force_eager"), fake, MemoryCounter(FakeTensor) as memory:
+        yield memory
+
+
+def quantize_simulated(transformer: nn.Module, cfg: Config) -> None:
+    """Quantize simulated weights with the functions that the libraries load real ones with."""
+    if read_bnb_settings(cfg).get("load_in_8bit"):  # its weights are as large as torchao's
+        cfg = dataclasses.replace(cfg, quantization="int8", bnb_quantization_config_path=None)
+    config = loading_options(cfg, transformer.dtype).get("quantization_config")
+    for name, module in [*transformer.named_modules()] * (config is not None):
+        if not BLOCK.match(name) or not isinstance(module, nn.Linear) or ".lora_" in name:
+            continue
+        if isinstance(config, TorchAoConfig):
+            from torchao.quantization import quantize_
+
+            quantize_(module, config.quant_type)
+        else:
+            from bitsandbytes.functional import quantize_4bit
+
+            # without double quantization, which needs real values: it would save 0.25 GiB more
+            packed, state = quantize_4bit(module.weight.data, quant_type=config.bnb_4bit_quant_type)
+            module.weight = nn.Parameter(packed, requires_grad=False)
+            module.weight.quant_state = state
+    freeze_quantized(transformer, cfg)
+
+
+def allocate_state(parameters: list[nn.Parameter], cfg: Config) -> Any:
+    """Make AdamW with its state; of other optimizers, whose steps need real values, tensors of the state's size."""
+    if cfg.optimizer == "prodigy":  # s, two moments, and the initial value of what is not zero
+        return [torch.empty(p.numel() * (3 + (p.shape[0] == cfg.rank))) for p in parameters]
+    if cfg.has_8bit_state:  # two moments in 8 bits and a scale for 256 values, or in fp32 if they are small
+        sizes = [8 * n if n < 4096 else 2 * n + 8 * math.ceil(n / 256) for n in (p.numel() for p in parameters)]
+        return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    optimizer = make_optimizer(parameters, cfg)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def make_simulated_transformer(cfg: Config, workload: Workload) -> nn.Module:
+    """Build the transformer with its LoRA; both have no content yet."""
+    transformer = make_empty_transformer(workload.model).to(DTYPES[cfg.mixed_precision]).requires_grad_(False)
+    add_lora(transformer, workload.layers, cfg)
+    return transformer.train()
+
+
+def make_empty_batch(size: int, bucket: tuple[int, int], tokens: int, transformer: nn.Module) -> Batch:
+    """Make a batch without content."""
+    embeds = [torch.empty(tokens, transformer.config.cap_feat_dim, dtype=transformer.dtype) for _ in range(size)]
+    latents, is_prior = torch.empty(size, 16, bucket[0] // 8, bucket[1] // 8), torch.zeros(size, dtype=torch.bool)
+    return Batch([0] * size, latents, embeds, is_prior, [""] * size)
+
+
+def simulate_encoding(cfg: Config, workload: Workload) -> Phase:
+    """Simulate the encoding of the longest prompt."""
+    with torch.device("meta"):
+        text_encoder = Qwen3Model(read_text_encoder_config(workload.model)).to(DTYPES[cfg.mixed_precision])
+    text_encoder.norm = nn.Identity()
+    with simulation() as memory:
+        encode_prompt(text_encoder.to_empty(device="cpu"), [0] * workload.tokens)
+    sizes = [parameter.nbytes for parameter in text_encoder.parameters()]
+    held = max(sizes) if cfg.offload else sum(sizes)  # one matrix at a time
+    return Phase("text encoding", held, 0, 0, memory.peak - sum(sizes))
+
+
+def simulate_vae(cfg: Config, workload: Workload) -> tuple[Phase, Phase]:
+    """Simulate the encoding of the largest image, or of a batch without cached latents, and the decoding of one."""
+    side, size = cfg.validation_resolution or cfg.training_side, 1 if cfg.cache_latents else cfg.train_batch_size
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(workload.model / "vae"))
+    vae.to(DTYPES[cfg.mixed_precision])
+    with simulation() as memory, torch.no_grad():
+        vae.to_empty(device="cpu")
+        weights = memory.restart()
+        encode_images(vae, torch.empty(size, 3, *workload.bucket))
+        latents = Phase("latents", weights, 0, 0, memory.peak - weights)
+        memory.restart()
+        vae.decode(torch.empty(1, 16, side // 8, side // 8, dtype=vae.dtype))
+    return latents, Phase("decoding", weights, 0, 0, memory.peak - weights)
+
+
+def simulate_transformer(cfg: Config, workload: Workload, vae: tuple[Phase, Phase]) -> list[Phase]:
+    """Simulate training steps and a denoising step of each kind of images, with the functions of a real run."""
+    (latents, decoding), transformer = vae, make_simulated_transformer(cfg, workload)
+    with simulation() as memory:
+        quantize_simulated(transformer.to_empty(device="cpu"), cfg)
+        parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        lora = sum(parameter.nbytes for parameter in parameters)
+        weights = memory.restart() - lora
+        optimizer = allocate_state(parameters, cfg)
+        batch = make_empty_batch(cfg.train_batch_size, workload.bucket, workload.tokens, transformer)
+        state, activations = memory.restart() - weights, 0
+        for _ in range(min(2, cfg.gradient_accumulation_steps)):  # from the second on, gradients stay
+            before = memory.now
+            loss = training_loss(transformer, batch, cfg, 1.0)
+            activations = memory.now - before
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.step()
+        state += lora  # gradients, which grow while activations shrink
+        activations = min(activations, memory.peak - weights - state)
+        others = memory.peak - weights - state - activations
+        shared, others = (0, others) if cfg.cache_latents else (latents.weights, max(others, latents[4] - activations))
+        phases = [Phase("training", weights + shared, state, activations, others)]
+        for parameter in parameters:
+            parameter.grad = None
+        side = cfg.validation_resolution or cfg.training_side
+        kinds = [("class images", cfg.sample_batch_size, 0)] * workload.has_missing
+        kinds += [("validation", 1, state - lora)] * bool(validation_prompts(cfg, False) + validation_prompts(cfg, True))
+        for name, images, held in kinds:
+            before, size = memory.restart(), images * (2 if cfg.guidance_scale else 1)
+            batch = make_empty_batch(size, (side, side), workload.tokens, transformer)
+            with torch.no_grad():
+                noisy_latents = batch.latents.to(transformer.dtype)
+                predict_velocity(transformer, noisy_latents, torch.empty(size), batch.prompt_embeds)
+            others = max(memory.peak - before, decoding.temporaries)
+            phases.append(Phase(name, weights + decoding.weights, held, 0, others))
+    return sorted([*phases, *[latents] * cfg.cache_latents])  # their names are in the order of a run
+
+
+def list_choices(cfg: Config, plan: Plan) -> list[Config]:
+    """List the config with all combinations of what it leaves open, from fast to slow."""
+    fixed, is_open = set(), cfg.fit is not None or cfg.dry_run
+    if plan.checkpoint is not None and is_open and cfg.storage is None:
+        cfg = dataclasses.replace(cfg, quantization=plan.checkpoint.state["binding"]["--quantization"])
+    if not is_open or plan.checkpoint is not None or cfg.storage or cfg.bnb_quantization_config_path:
+        fixed.add("quantization")
+    if cfg.gradient_checkpointing is not None or cfg.checkpoint_blocks is not None or is_on("ACCELERATE_USE_FSDP"):
+        fixed |= {"gradient_checkpointing", "checkpoint_blocks"}
+    rungs = [tuple((name, value) for name, value in rung.items() if name not in fixed) for rung in LADDER]
+    return [dataclasses.replace(cfg, **dict(rung)) for rung in dict.fromkeys(rungs)]
+
+
+def find_limit(cfg: Config) -> float:
+    """Return the memory in bytes that the run may use: that of `--fit`, or what is free on its GPUs, or infinity."""
+    if cfg.fit not in (None, "auto"):
+        return float(cfg.fit) * GIB
+    device = PartialState().device
+    require(cfg.fit is None or device.type == "cuda", "--fit auto: torch sees no GPU; give a size, as in --fit 24")
+    return min(gather_object([torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf]))
+
+
+def fit(cfg: Config, plan: Plan, workload: Workload) -> tuple[Config, list[Phase]]:
+    """Choose the fastest settings that fit, among those left open. Raises UserError if `--fit` finds none."""
+    limit, is_told, options = find_limit(cfg), cfg.fit is not None or cfg.dry_run, []
+    if limit == math.inf and not cfg.dry_run:
+        return cfg, []
+    encoding, vae = simulate_encoding(cfg, workload), simulate_vae(cfg, workload)
+    if cfg.fit is not None and encoding.peak * RESERVE + CONTEXT > limit:
+        cfg = dataclasses.replace(cfg, offload=True)
+        encoding = simulate_encoding(cfg, workload)
+    table = "{:>15} {:>11} {:>8} {:>20} {:>13}".format
+    say(*[table("frozen weights", "recomputed", "offload", "simulated peak (GiB)", "with reserve")] * is_told)
+    for option in list_choices(cfg, plan):
+        phases = [encoding, *simulate_transformer(option, workload, vae)]
+        peak = max(phase.peak for phase in phases)
+        options.append((peak * RESERVE + CONTEXT, option, phases))
+        names = option.storage or "as loaded", option.recomputed, "yes" if option.offload else "no"
+        say(*[table(*names, f"{peak / GIB:.1f}", f"{options[-1][0] / GIB:.1f}")] * is_told)
+        if options[-1][0] <= limit < math.inf:
+            break
+    needed, option, phases = options[0] if limit == math.inf else min(options, key=lambda one: one[0])
+    reason = f"simulated, with reserve: {needed / GIB:.1f} of {limit / GIB:.1f} GiB"
+    remedy = "lower --resolution, --train_batch_size, or --rank, or use a GPU with more memory"
+    require(needed <= limit or cfg.fit is None, f"--fit {cfg.fit}: nothing fits; {reason}; {remedy}")
+    if limit < math.inf:
+        say(f"memory: frozen weights {names[0]}, recomputed blocks: {names[1]}; {reason}")
+    if needed > limit:
+        say("warning: this may not fit; --fit auto also quantizes the weights, if they do not")
+    return option, phases
+
+
+def describe_costs(cfg: Config, workload: Workload, phases: list[Phase]) -> Iterator[str]:
+    """Yield what a run costs in memory and compute, and the size of the LoRA; nothing of it is measured."""
+    transformer = make_simulated_transformer(cfg, workload)
+    yield describe_lora(transformer, workload.layers, cfg)
+    table = "{:>15} {:>9} {:>28} {:>13} {:>13} {:>7}".format
+    yield table("simulated, GiB", "weights", "LoRA, gradients, optimizer", "activations", "temporaries", "peak")
+    for phase in phases:
+        yield table(phase.name, *(f"{size / GIB:.2f}" for size in (*phase[1:], phase.peak)))
+    yield "reserve, not included: 0.5 GiB for the CUDA context, and 5% of the peak for fragmentation"
+    host = psutil.Process().memory_info().rss + phases[0].weights
+    yield f"host memory: about {host / GIB:.1f} GiB, while the text encoder is loaded"
+    with simulation(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        batch = make_empty_batch(cfg.train_batch_size, workload.bucket, workload.tokens, transformer)
+        training_loss(transformer.to_empty(device="cpu"), batch, cfg, 1.0).backward()
+    flops = counter.get_total_flops() * cfg.gradient_accumulation_steps
+    yield f"compute: {flops / 1e12:,.3g} TFLOP per step and process"
+
+
+def describe_disk(cfg: Config, plan: Plan, workload: Workload, empty: ZImageTransformer2DModel) -> Iterator[str]:
+    """Yield how much disk space checkpoints and encodings need at most, as a warning if there is less."""
+    steps, limit = plan.schedule.max_train_steps - plan.schedule.first_step, cfg.checkpoints_total_limit
+    count = min(math.ceil(steps / cfg.checkpointing_steps), (limit or steps) + 1)
+    lora = sum(cfg.rank * sum(empty.get_submodule(layer).weight.shape) for layer in workload.layers)
+    prompts = len({sample.prompt for sample in plan.samples}) * workload.tokens * empty.config.cap_feat_dim * 4
+    pixels = sum(math.prod(sample.bucket) for sample in plan.samples) * cfg.cache_latents * (1 + cfg.random_flip)
+    cache = Path(cfg.cache_dir) if cfg.cache_dir else dataclasses.replace(cfg, dry_run=False).encodings_folder
+    needs = {Path(cfg.output_dir): (count + 1) * 16 * lora, cache: prompts + pixels}  # latents: a byte per pixel
+    for folder, size in needs.items():
+        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+        words = f"disk space: up to {size / 1e9:.2f} GB in {folder}, where {free / 1e9:.1f} GB are free"
+        yield "warning: " * (size > free) + words
+
+
+# =====================================================================================================================
 # Artifacts
 # =====================================================================================================================
 
@@ -2355,20 +2825,20 @@ def finish_lora(run: Run) -> Path:
     return output / LORA_FILE
 
 
-def save_config(cfg: Config) -> None:
+def save_config(cfg: Config, record: dict[str, Any]) -> None:
     """Write config.json: all settings, which `--config` restores, and the environment, which it does not."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "Pillow")
     environment = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
     if "__file__" in globals():
         environment["script_sha256"] = sha256(Path(__file__).read_bytes())
-    settings = shareable_settings(cfg) | {"environment": environment}
+    settings = shareable_settings(cfg) | {"environment": environment | record}
     for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):  # these apply to one start only
         del settings[name]
     content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     write_file(Path(cfg.output_dir) / "config.json", content.encode())
 
 
-def save_model_card(cfg: Config, plan: Plan) -> None:
+def save_model_card(cfg: Config, plan: Plan, record: dict[str, Any]) -> None:
     """Write README.md: images, trigger prompt, how to use the LoRA, how it was trained; without local paths."""
     step, trigger = plan.schedule.max_train_steps, trained_prompt(cfg, plan.samples)
     settings = {name: value for name, value in shareable_settings(cfg).items() if value != getattr(Config, name)}
@@ -2387,7 +2857,7 @@ def save_model_card(cfg: Config, plan: Plan) -> None:
         images="\n".join(f"![{one_line(text)}]({file})" for text, file in images),
         cfg=cfg, scale=f"{cfg.lora_scale:g}", last=step, base=base or "path/to/the/base/model",
         checkpoints=", ".join(path.name for path in list_checkpoints(Path(cfg.output_dir))[:-1]) or "none",
-        settings=json.dumps(public, ensure_ascii=False),
+        settings=json.dumps(public, ensure_ascii=False), record=json.dumps(record),
         side=cfg.validation_resolution or cfg.training_side,
         prompt=json.dumps((prompts or [trigger or plan.samples[0].prompt])[0], ensure_ascii=False),
     )  # fmt: skip
@@ -2407,6 +2877,13 @@ def open_repository(cfg: Config) -> str:
         return hub.create_repo(cfg.repository, private=cfg.hub_private_repo or None, exist_ok=True).repo_id
 
 
+def describe_login(cfg: Config) -> Iterator[str]:
+    """Yield who is logged in to the Hub, if the run uploads there. Raises UserError if nobody is."""
+    if cfg.push_to_hub:
+        with explained("--push_to_hub: the Hub does not know you", "check `hf auth login` or --hub_token"):
+            yield f"Hub: logged in as {HfApi(token=cfg.hub_token).whoami()['name']}"
+
+
 def push(cfg: Config, repository: str) -> None:
     """Upload only the files that are meant to be shared. Raises UserError with the command to try again."""
     options = " ".join(f"--include='{pattern}'" for pattern in SHARED_FILES)
@@ -2418,11 +2895,23 @@ def push(cfg: Config, repository: str) -> None:
     say(f"uploaded to {repository}")
 
 
-def describe_results(cfg: Config, file: Path) -> list[str]:
+def compare_peaks(run: Run, phases: list[Phase]) -> dict[str, Any]:
+    """Compare the memory that the GPU has used with the simulated one, in GiB; add the median time of a step."""
+    record_peak(run.peaks, "validation")
+    metrics = map(json.loads, Path(run.cfg.output_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    record = {"seconds_per_step": statistics.median(row["seconds"] for row in metrics)}
+    for phase in phases:
+        measured = max(gather_object([run.peaks.get(phase.name, 0)]))
+        record[phase.name] = {"measured": round(measured / GIB, 2), "simulated": round(phase.peak / GIB, 2)}
+    return record
+
+
+def describe_results(cfg: Config, file: Path, record: dict[str, Any]) -> list[str]:
     """Describe where the results are, and how many steps were skipped."""
     metrics, images = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
     lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"images    {images}"] * any(images.glob("*/sheet.png"))
     skipped = metrics.read_text(encoding="utf-8").count('"is_skipped": true')
+    lines += [f"{name:<9} {value}" for name, value in record.items()]
     lines += [f"warning: {skipped} steps were skipped because the loss or gradient was not finite"] * bool(skipped)
     return lines + DEMO_FAREWELL.format(script=Path(sys.argv[0]).name).splitlines() * cfg.demo
 
@@ -2452,7 +2941,8 @@ image.save("output.png")
 
 DreamBooth LoRA for Z-Image, from `train_dreambooth_lora_z_image.py`: rank {cfg.rank}, alpha / rank {scale} (folded
 into the file), layers {cfg.lora_layers}, {last} steps of {cfg.optimizer} at {cfg.learning_rate}, {cfg.resolution}
-pixels. Earlier steps that the run also saved: {checkpoints}. Other settings, without paths: `{settings}`
+pixels. Earlier steps that the run also saved: {checkpoints}. Other settings, without paths: `{settings}`.
+Seconds per step, and peak memory of the GPU in GiB: `{record}`.
 """
 
 DEMO_FAREWELL = """
@@ -2537,20 +3027,17 @@ def make_demo(cfg: Config) -> None:
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """Make the accelerator; the config alone decides about precision and accumulation."""
+    """Make the accelerator for accumulation and processes; precision and torch.compile are not left to it."""
     names, known = cfg.trackers, LoggerType.list()
     require(set(names) <= set(known), f"--report_to {cfg.report_to}: accelerate supports {', '.join(known)}, or none")
     accumulation = GradientAccumulationPlugin(num_steps=cfg.gradient_accumulation_steps, sync_with_dataloader=False)
-    with explained("accelerate cannot start", "in a notebook, restart the kernel to change --mixed_precision"):
+    with explained("accelerate cannot start"):
         accelerator = Accelerator(
-            mixed_precision=cfg.mixed_precision, gradient_accumulation_plugin=accumulation,
+            mixed_precision="no", dynamo_backend="no", gradient_accumulation_plugin=accumulation,
             log_with=names or None,
             project_config=ProjectConfiguration(cfg.output_dir, str(Path(cfg.output_dir, cfg.logging_dir))),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )  # fmt: skip
-    if is_on("ACCELERATE_USE_FSDP") and cfg.mixed_precision == "bf16":  # accelerate's policy would round the time
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     is_there = "all" in names or len(accelerator.log_with) == len(names)
     require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
@@ -2569,7 +3056,7 @@ def describe_device(cfg: Config) -> Iterator[str]:
         yield "warning: this GPU only emulates bf16, which is slow; use one of compute capability 8.0 or higher"
 
 
-def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
+def prepare_output(cfg: Config, chosen: dict[str, Any], accelerator: Accelerator) -> None:
     """Prepare the output folder: start the trackers, remove an earlier run if requested, write config.json."""
     output, logs = Path(cfg.output_dir), Path(cfg.output_dir, cfg.logging_dir)
     if cfg.trackers:
@@ -2592,14 +3079,13 @@ def prepare_output(cfg: Config, accelerator: Accelerator) -> None:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.parent.rmdir()
-        save_config(cfg)
+        save_config(cfg, {"chosen": chosen})
     accelerator.wait_for_everyone()
 
 
 def check_plan(cfg: Config, plan: Plan, encodings: Encodings, empty: ZImageTransformer2DModel) -> None:
     """Reject a plan that the model, machine, or checkpoint does not support, before any weights are loaded."""
     check_hardware(cfg, empty)
-    check_sizes(cfg, plan.samples, empty)
     steps = gather_object([plan.schedule.first_step])
     require(len(set(steps)) == 1, f"--output_dir {cfg.output_dir} differs between machines; use a shared folder")
     if plan.checkpoint is not None:
@@ -2640,44 +3126,60 @@ def train_and_save(run: Run) -> None:
         raise Stopped(f"stopped by {stop.reason} after step {step}{', which is saved' * (step > 0)}", stop.number)
 
 
-def run_all(cfg: Config, plan: Plan, accelerator: Accelerator) -> Path:
+def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     """Run everything: plan -> caches -> model -> loop -> artifacts. Returns the LoRA file."""
-    stop, model = StopRequest(cfg.max_train_minutes), find_model(cfg)
-    encodings, empty = Encodings(cfg, model, identify(model, cfg.variant)), make_empty_transformer(model)
-    layers, shift = resolve_lora_layers(cfg.lora_layers, empty), read_timestep_shift(cfg, model)
+    stop, model, last = StopRequest(given.max_train_minutes), find_model(given), plan.schedule.max_train_steps
+    empty = make_empty_transformer(model)
+    layers, shift = resolve_lora_layers(given.lora_layers, empty), read_timestep_shift(given, model)
+    check_sizes(given, plan.samples, empty)
+    tokens = tokenize(needed_prompts(plan.samples, given), model, given.max_sequence_length)
+    check_lengths(tokens, empty)
+    bucket = max((sample.bucket for sample in plan.samples), key=math.prod)
+    has_missing = any(not sample.digest for sample in plan.samples)
+    workload = Workload(model, layers, bucket, max(map(len, tokens.values())), has_missing)
+    cfg, phases = fit(given, plan, workload)
+    chosen = {name: value for name, value in vars(cfg).items() if value != getattr(given, name)}
+    disk = describe_disk(cfg, plan, workload, empty)
+    if cfg.dry_run:
+        say(*describe_costs(cfg, workload, phases), *disk, *describe_login(cfg))
+        return Path(cfg.output_dir, LORA_FILE)
+    say(*(line for line in disk if line.startswith("warning")))
+    encodings, peaks = Encodings(cfg, model, identify(model, cfg.variant)), {}
     check_plan(cfg, plan, encodings, empty)
     repository = open_repository(cfg) if cfg.push_to_hub and accelerator.is_main_process else None
-    prepare_output(cfg, accelerator)
+    prepare_output(given, chosen, accelerator)
 
-    prompts = needed_prompts(plan.samples, cfg)
-    fill_prompts_cache(prompts, encodings)
-    check_lengths(prompts, encodings, empty)
+    fill_prompts_cache(tokens, encodings)
+    record_peak(peaks, "text encoding")
     plan = plan._replace(samples=generate_class_images(plan.samples, encodings))
+    record_peak(peaks, "class images")
     if cfg.cache_latents:
         fill_latents_cache(plan.samples, encodings)
+        record_peak(peaks, "latents")
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision])
     parameters = add_lora(transformer, layers, cfg)
     say(describe_lora(transformer, layers, cfg))
     transformer, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, cfg))
-    run = Run(cfg, plan, encodings, accelerator, transformer, optimizer, stop, shift)
+    run = Run(cfg, plan, encodings, accelerator, transformer, optimizer, stop, shift, peaks)
     train_and_save(run)
-
-    file, last = finish_lora(run), plan.schedule.max_train_steps
+    file = finish_lora(run)
     validate(run, last, is_final=True)
+    record = compare_peaks(run, phases)
     if accelerator.is_main_process:
-        save_model_card(cfg, plan)
+        save_config(given, {"chosen": chosen} | record)
+        save_model_card(cfg, plan, record)
     accelerator.end_training()
     if repository is not None:
         push(cfg, repository)
-    say(*describe_results(cfg, file))
+    say(*describe_results(cfg, file, record))
     return file
 
 
 def main(cfg: Config, plan: Plan | None = None) -> Path:
     """Run everything. Returns the LoRA file. Raises Stopped, after saving, if asked to stop while training."""
     free_memory()  # of an earlier run in a notebook, which only the garbage collector frees
-    with hold_output(Path(cfg.output_dir)):
+    with contextlib.nullcontext() if cfg.dry_run else hold_output(Path(cfg.output_dir)):
         accelerator = make_accelerator(cfg)
         say(*describe_device(cfg))
         if cfg.demo:
@@ -2686,10 +3188,12 @@ def main(cfg: Config, plan: Plan | None = None) -> Path:
         try:
             return run_all(cfg, plan or make_plan(cfg), accelerator)
         except torch.OutOfMemoryError as error:
-            flags = ("gradient_checkpointing", "quantization", "cache_latents")
-            more = "".join(f"--{name}, " for name in flags if not getattr(cfg, name)) + "a smaller --train_batch_size"
-            more = f"the GPU is out of memory; try, in this order: {more}, --resolution, or --rank"
+            more = "" if cfg.fit else "--fit auto, "
+            more = f"the GPU is out of memory; try {more}a smaller --train_batch_size, --resolution, or --rank"
             raise UserError(f"{more}; {describe_last(cfg)}") from error
+        finally:
+            if cfg.dry_run:
+                shutil.rmtree(cfg.encodings_folder, ignore_errors=True)
 
 
 if RUN_AS_SCRIPT:
