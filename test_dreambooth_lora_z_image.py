@@ -240,8 +240,8 @@ def test_map_of_sections_is_true():
     source = SCRIPT.read_text(encoding="utf-8")
     banners = re.findall(r"^# =+\n# (.+)\n# =+$", source, re.M)
     listed = re.findall(r"^    ([A-Z][\w ]+?)  +\S", ast.get_docstring(ast.parse(source), clean=False), re.M)
-    assert banners == listed and len(banners) == 12
-    assert banners == re.findall(r"^\| ([A-Z][\w ]+) \| ", README[README.index("| section | contents |") :], re.M)[:12]
+    assert banners == listed and len(banners) == 13
+    assert banners == re.findall(r"^\| ([A-Z][\w ]+) \| ", README[README.index("| section | contents |") :], re.M)[:13]
 
 
 def test_sections_use_only_what_stands_above():
@@ -2341,15 +2341,25 @@ def test_the_main_stream_has_the_training_precision(name, model, make_config):
     assert seen == [(torch.bfloat16, torch.float32)], "noise levels keep their precision"
 
 
-def test_gradient_checkpointing_gives_equal_gradients(model, make_config):
-    cfg = make_config()
-    plain, checkpointed = (
-        with_lora(model, cfg, b_std=0.1),
-        with_lora(model, dataclasses.replace(cfg, gradient_checkpointing=True), b_std=0.1),
-    )
-    assert checkpointed[0].is_gradient_checkpointing and not plain[0].is_gradient_checkpointing
-    for a, b in zip(gradients(*plain, cfg, make_batch()), gradients(*checkpointed, cfg, make_batch())):
-        assert torch.allclose(a, b, atol=1e-5)
+DIAL = {
+    "all": {"gradient_checkpointing": True}, "attention": {"checkpoint_blocks": "attention"},
+    "0": {"checkpoint_blocks": "0"}, "1": {"checkpoint_blocks": "1"}, "2": {"checkpoint_blocks": "2"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_equal_gradients(dropout, model, make_config):
+    """The dial saves more or less, and changes nothing; all main blocks means the refiners, too."""
+    cfg, found, saved = make_config(lora_dropout=dropout), {}, {}
+    for name, changes in {"none": {}, **DIAL}.items():
+        transformer, parameters = with_lora(model, dataclasses.replace(cfg, **changes), b_std=0.1)
+        torch.manual_seed(0)
+        found[name] = gradients(transformer, parameters, cfg, make_batch())
+        saved[name] = saved_bytes(transformer, cfg)
+    for name in DIAL:
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found["none"], found[name])), name
+    assert saved["none"] == saved["0"] > saved["1"] > saved["2"] == saved["all"]
+    assert saved["none"] > saved["attention"] > saved["all"]
 
 
 # =====================================================================================================================
@@ -3493,22 +3503,48 @@ def test_fsdp_as_the_readme_says(make_config, model, workplace):
 INDUCTOR = "distributed_type: 'NO'\ndynamo_config:\n  dynamo_backend: INDUCTOR\nnum_processes: 1\nuse_cpu: true\n"
 
 
-def test_compiled_by_accelerates_configuration(workplace, model):
-    """INDUCTOR trains, resumes, and saves the keys and nearly the values of an uncompiled run."""
+def test_compiled_runs_resume_exactly(workplace, model):
+    """`--compile`, or accelerate's INDUCTOR, in two buckets: an interrupted run is bytewise the same, and near eager."""
     common = [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", "--instance_prompt=p"]
-    common += ["--mixed_precision=no", "--resolution=32", "--cache_latents", "--rank=4", "--learning_rate=1e-2"]
+    common += ["--mixed_precision=no", "--aspect_ratio_buckets=32,32;48,32", "--cache_latents", "--rank=4"]
+    common += ["--learning_rate=1e-2"]
     env = {"TORCHINDUCTOR_CACHE_DIR": str(workplace / "inductor")}
     first = accelerate_launch(workplace, INDUCTOR, *common, "--output_dir=c", "--max_train_steps=1", env=env)
     assert first.returncode == 0, first.stderr[-3000:]
     assert list((workplace / "inductor").rglob("*.py")), "nothing was compiled"
-    flags = [*common, "--output_dir=c", "--max_train_steps=2", "--resume_from_checkpoint=latest"]
-    rest = accelerate_launch(workplace, INDUCTOR, *flags, env=env)
+    flags = [*common, "--output_dir=c", "--max_train_steps=4", "--resume_from_checkpoint=latest", "--compile"]
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(workplace / "inductor2")}
+    rest = run_script(*flags, cwd=workplace, env=env)
     assert rest.returncode == 0 and "resuming from c/checkpoint-1" in rest.stdout, rest.stderr[-3000:]
-    plain = run_script(*common, "--output_dir=plain", "--max_train_steps=2", cwd=workplace)
-    assert plain.returncode == 0
-    files = [load_file(workplace / name / "pytorch_lora_weights.safetensors") for name in ("plain", "c")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.allclose(files[0][name], files[1][name], atol=1e-3) for name in files[0])
+    assert list((workplace / "inductor2").rglob("*.py")), "nothing was compiled"
+    for name, flag in (("whole", "--compile"), ("plain", "--compile=false")):
+        done = run_script(*common, flag, f"--output_dir={name}", "--max_train_steps=4", cwd=workplace, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+    whole, half, plain = (workplace / name / z.LORA_FILE for name in ("whole", "c", "plain"))
+    assert whole.read_bytes() == half.read_bytes() != plain.read_bytes()
+    for name, tensor in load_file(plain).items():
+        assert torch.allclose(tensor, load_file(whole)[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("recomputed", [{}, {"gradient_checkpointing": True}, {"checkpoint_blocks": "attention"}])
+def test_one_compilation_serves_all_buckets_and_captions(recomputed, model, make_config, monkeypatch):
+    """At most 6 graphs for the README's 17 buckets and captions with and without a mask; dynamo gives up after 8."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    text = re.search(r'--aspect_ratio_buckets="([\d,;]+)"', README)[1]
+    buckets = [(height // 128 * 16, width // 128 * 16) for height, width in z.parse_buckets(text)]
+    assert len(buckets) == 17
+    cfg, counts = make_config(**recomputed), []
+    transformer, _ = with_lora(model, cfg)
+    transformer.train()
+    for number, (height, width) in enumerate(buckets):
+        batch = make_batch(length=5 + 7 * number)  # 5 and 25 tokens to 117 and 137
+        latents = torch.randn(2, 16, height // 8, width // 8)
+        z.training_loss(transformer, batch._replace(latents=latents), cfg, 1.0).backward()
+        counts.append(counters["stats"]["unique_graphs"])
+    assert 0 < counts[-1] <= 6 and counters["graph_break"] == {}, counts
 
 
 TECHNIQUES = {
@@ -4943,6 +4979,10 @@ SHOWN = {
     "adam_weight_decay_text_encoder": "test_advice",
     "local_rank": "test_advice",
     "gradient_checkpointing": "test_gradient_checkpointing_gives_equal_gradients",
+    "checkpoint_blocks": "test_on_a_gpu_only_recomputation_is_chosen",
+    "dry_run": "test_a_dry_run_reports_the_costs_and_writes_nothing",
+    "fit": "test_fit_takes_the_fastest_that_fits",
+    "compile": "test_compiled_runs_resume_exactly",
     "mixed_precision": "test_changed_ingredients_miss_the_cache",
     "checkpointing_steps": "test_checkpoints_are_whole_rotated_and_without_pickles",
     "checkpoints_total_limit": "test_checkpoints_are_whole_rotated_and_without_pickles",

@@ -25,6 +25,7 @@ Read the file from top to bottom: a section uses only the sections above it.
     Objective               flow matching as pure functions; `training_loss`
     Training                `train`: the loop; learning rate, checkpoints, resuming
     Validation              class images and validation images, sampled from the live model
+    Memory plan             the simulated run, what it costs, and what fits: --dry_run, --fit
     Artifacts               the LoRA file, the model card, the upload
     Demo                    a tiny random checkpoint and five images
     Main                    `run_all`: every stage of a run, in order
@@ -2318,8 +2319,9 @@ def save_checkpoint(run: Run, step: int, binding: dict[str, Any]) -> None:
     for name, parameter in lora_parameters(run.transformer).items():
         for key, value in run.optimizer.state[parameter].items():
             kind = tensors if torch.is_tensor(value) else state["numbers"]
-            # a copy: bitsandbytes shares tables between parameters, which safetensors rejects
-            kind[f"{key}/{name}"] = full_tensor(value).clone() if torch.is_tensor(value) else value
+            value = full_tensor(value) if torch.is_tensor(value) else value
+            # bitsandbytes shares tables between parameters, which safetensors rejects
+            kind[f"{key}/{name}"] = value.clone() if key in ("qmap1", "qmap2") else value
     state["group"] = {key: value for key, value in run.optimizer.param_groups[0].items() if key in PRODIGY_COUNTS}
     save_lora(run, lora, folder)
     if run.accelerator.is_main_process:
@@ -2731,7 +2733,7 @@ def list_choices(cfg: Config, plan: Plan) -> list[Config]:
         cfg = dataclasses.replace(cfg, quantization=plan.checkpoint.state["binding"]["--quantization"])
     if not is_open or plan.checkpoint is not None or cfg.storage or cfg.bnb_quantization_config_path:
         fixed.add("quantization")
-    if cfg.gradient_checkpointing is not None or cfg.checkpoint_blocks is not None or is_on("ACCELERATE_USE_FSDP"):
+    if cfg.gradient_checkpointing is not None or cfg.checkpoint_blocks is not None:
         fixed |= {"gradient_checkpointing", "checkpoint_blocks"}
     rungs = [tuple((name, value) for name, value in rung.items() if name not in fixed) for rung in LADDER]
     return [dataclasses.replace(cfg, **dict(rung)) for rung in dict.fromkeys(rungs)]
@@ -2749,8 +2751,8 @@ def find_limit(cfg: Config) -> float:
 def fit(cfg: Config, plan: Plan, workload: Workload) -> tuple[Config, list[Phase]]:
     """Choose the fastest settings that fit, among those left open. Raises UserError if `--fit` finds none."""
     limit, is_told, options = find_limit(cfg), cfg.fit is not None or cfg.dry_run, []
-    if limit == math.inf and not cfg.dry_run:
-        return cfg, []
+    if (limit == math.inf or is_on("ACCELERATE_USE_FSDP")) and not cfg.dry_run:
+        return cfg, []  # what FSDP shards is not simulated
     encoding, vae = simulate_encoding(cfg, workload), simulate_vae(cfg, workload)
     if cfg.fit is not None and encoding.peak * RESERVE + CONTEXT > limit:
         cfg = dataclasses.replace(cfg, offload=True)
