@@ -1231,15 +1231,31 @@ def check_model(cfg: Config) -> None:
     require(is_name, f"--pretrained_model_name_or_path {name} does not exist and is not a Hub name (USER/MODEL)")
 
 
-def check_packages(cfg: Config) -> None:
-    """Reject settings whose optional package is not installed, with the command that installs it."""
-    needed = {
+def read_bnb_settings(cfg: Config) -> dict[str, Any]:
+    """Read the JSON of `--bnb_quantization_config_path`; empty without one. Raises UserError if it is not usable."""
+    if cfg.bnb_quantization_config_path is None:
+        return {}
+    name = f"--bnb_quantization_config_path {cfg.bnb_quantization_config_path}"
+    settings = read_json_object(name, Path(cfg.bnb_quantization_config_path))
+    bits = [settings.get(f"load_in_{count}bit") is True for count in (4, 8)]
+    require(sum(bits) == 1, f"{name} must set exactly one of load_in_4bit and load_in_8bit to true")
+    return settings
+
+
+def needed_packages(cfg: Config) -> dict[str, Any]:
+    """Map the optional packages to whether the run needs them."""
+    is_open = cfg.fit is not None or cfg.dry_run
+    return {
         "datasets": cfg.dataset_name, "prodigyopt": cfg.optimizer == "prodigy",
-        "torchao": cfg.fit or cfg.storage in ("fp8", "int8"),
-        "bitsandbytes": cfg.fit or cfg.quantization == "nf4" or cfg.bnb_quantization_config_path or cfg.has_8bit_state,
+        "torchao": is_open or cfg.storage in ("fp8", "int8") or read_bnb_settings(cfg).get("load_in_8bit"),
+        "bitsandbytes": is_open or cfg.quantization == "nf4" or cfg.bnb_quantization_config_path or cfg.has_8bit_state,
         "wandb": "wandb" in cfg.trackers, "tensorboard": "tensorboard" in cfg.trackers,
     }  # fmt: skip
-    for package, is_needed in needed.items():
+
+
+def check_packages(cfg: Config) -> None:
+    """Reject settings whose optional package is not installed, with the command that installs it."""
+    for package, is_needed in needed_packages(cfg).items():
         is_there = not is_needed or getattr(importlib.util.find_spec(package), "origin", None) is not None
         require(is_there, f"the package {package} is required but not installed: pip install {package}")
 
@@ -1264,17 +1280,6 @@ def check_launch(cfg: Config) -> None:
     }  # fmt: skip
     names = ", ".join(name for name, is_given in unsharded.items() if is_given)
     require(not names, f"FSDP does not support {names}; remove it, or select multi-GPU in accelerate config")
-
-
-def read_bnb_settings(cfg: Config) -> dict[str, Any]:
-    """Read the JSON of `--bnb_quantization_config_path`; empty without one. Raises UserError if it is not usable."""
-    if cfg.bnb_quantization_config_path is None:
-        return {}
-    name = f"--bnb_quantization_config_path {cfg.bnb_quantization_config_path}"
-    settings = read_json_object(name, Path(cfg.bnb_quantization_config_path))
-    bits = [settings.get(f"load_in_{count}bit") is True for count in (4, 8)]
-    require(sum(bits) == 1, f"{name} must set exactly one of load_in_4bit and load_in_8bit to true")
-    return settings
 
 
 def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str, Any]:
@@ -1354,6 +1359,9 @@ if RUN_AS_SCRIPT:
     CONFIG = parse_config()  # before the slow imports, so that --help and mistyped flags respond at once
     sys.argv[1:] = [redact(argument, CONFIG) for argument in sys.argv[1:]]  # wandb records them
     PLAN = None if CONFIG.demo else run_or_exit(make_plan, CONFIG)  # also before the imports
+    for PACKAGE in ("bitsandbytes", "torchao"):  # peft and diffusers would import them for nothing
+        if not needed_packages(CONFIG)[PACKAGE]:
+            sys.modules.setdefault(PACKAGE, None)
 
 logging.disable(logging.WARNING)  # hide irrelevant import warnings from torchao and diffusers
 import torch
@@ -2685,9 +2693,9 @@ def simulate_vae(cfg: Config, workload: Workload) -> tuple[Phase, Phase]:
     return latents, Phase("decoding", weights, 0, 0, memory.peak - weights)
 
 
-def simulate_transformer(cfg: Config, workload: Workload, vae: tuple[Phase, Phase]) -> list[Phase]:
+def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Phase]) -> list[Phase]:
     """Simulate training steps and a denoising step of each kind of images, with the functions of a real run."""
-    (latents, decoding), transformer = vae, make_simulated_transformer(cfg, workload)
+    (latents, decoding), transformer = codec, make_simulated_transformer(cfg, workload)
     with simulation() as memory:
         quantize_simulated(transformer.to_empty(device="cpu"), cfg)
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -2707,20 +2715,21 @@ def simulate_transformer(cfg: Config, workload: Workload, vae: tuple[Phase, Phas
             optimizer.step()
         state += lora  # gradients, which grow while activations shrink
         activations = min(activations, memory.peak - weights - state)
-        others = memory.peak - weights - state - activations
-        shared, others = (0, others) if cfg.cache_latents else (latents.weights, max(others, latents[4] - activations))
-        phases = [Phase("training", weights + shared, state, activations, others)]
+        others, vae = memory.peak - weights - state - activations, 0
+        if not cfg.cache_latents:  # the VAE encodes every batch
+            others, vae = max(others, latents.temporaries - activations), latents.weights
+        phases = [Phase("training", weights + vae, state, activations, others)]
         for parameter in parameters:
             parameter.grad = None
-        side = cfg.validation_resolution or cfg.training_side
+        is_validated = bool(validation_prompts(cfg, is_final=False) + validation_prompts(cfg, is_final=True))
         kinds = [("class images", cfg.sample_batch_size, 0)] * workload.has_missing
-        kinds += [("validation", 1, state - lora)] * bool(validation_prompts(cfg, False) + validation_prompts(cfg, True))
-        for name, images, held in kinds:
-            before, size = memory.restart(), images * (2 if cfg.guidance_scale else 1)
-            batch = make_empty_batch(size, (side, side), workload.tokens, transformer)
+        for name, images, held in kinds + [("validation", 1, state - lora)] * is_validated:
+            before, side = memory.restart(), cfg.validation_resolution or cfg.training_side
+            count = images * (2 if cfg.guidance_scale else 1)
+            batch = make_empty_batch(count, (side, side), workload.tokens, transformer)
+            noisy_latents = batch.latents.to(transformer.dtype)
             with torch.no_grad():
-                noisy_latents = batch.latents.to(transformer.dtype)
-                predict_velocity(transformer, noisy_latents, torch.empty(size), batch.prompt_embeds)
+                predict_velocity(transformer, noisy_latents, torch.empty(count), batch.prompt_embeds)
             others = max(memory.peak - before, decoding.temporaries)
             phases.append(Phase(name, weights + decoding.weights, held, 0, others))
     return sorted([*phases, *[latents] * cfg.cache_latents])  # their names are in the order of a run
@@ -2753,14 +2762,14 @@ def fit(cfg: Config, plan: Plan, workload: Workload) -> tuple[Config, list[Phase
     limit, is_told, options = find_limit(cfg), cfg.fit is not None or cfg.dry_run, []
     if (limit == math.inf or is_on("ACCELERATE_USE_FSDP")) and not cfg.dry_run:
         return cfg, []  # what FSDP shards is not simulated
-    encoding, vae = simulate_encoding(cfg, workload), simulate_vae(cfg, workload)
+    encoding, codec = simulate_encoding(cfg, workload), simulate_vae(cfg, workload)
     if cfg.fit is not None and encoding.peak * RESERVE + CONTEXT > limit:
         cfg = dataclasses.replace(cfg, offload=True)
         encoding = simulate_encoding(cfg, workload)
     table = "{:>15} {:>11} {:>8} {:>20} {:>13}".format
     say(*[table("frozen weights", "recomputed", "offload", "simulated peak (GiB)", "with reserve")] * is_told)
     for option in list_choices(cfg, plan):
-        phases = [encoding, *simulate_transformer(option, workload, vae)]
+        phases = [encoding, *simulate_transformer(option, workload, codec)]
         peak = max(phase.peak for phase in phases)
         options.append((peak * RESERVE + CONTEXT, option, phases))
         names = option.storage or "as loaded", option.recomputed, "yes" if option.offload else "no"
