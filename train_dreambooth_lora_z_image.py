@@ -201,10 +201,7 @@ def split_safetensors(content: bytes) -> tuple[dict[str, Any], memoryview]:
 
 
 def seal(content: bytes, metadata: dict[str, str]) -> tuple[bytes, memoryview]:
-    """Add metadata and a hash of everything to a safetensors file, so that equal content gives equal bytes.
-
-    Returns the new header and the tensors, not one copy of both: they may have half a gigabyte.
-    """
+    """Add metadata and a hash of everything, so that equal content gives equal bytes; returns header and tensors."""
     header, tensors = split_safetensors(content)
     header = {"__metadata__": dict(sorted(metadata.items()))} | header  # safetensors 0.8 would shuffle it
     header["__metadata__"]["sha256"] = sha256(json.dumps(header).encode() + hashlib.sha256(tensors).digest())
@@ -324,7 +321,7 @@ class Config:
     num_train_epochs: int | None = flag(None, "Epochs; each shows every instance image --repeats times.", at_least=1)
     train_batch_size: int = flag(1, "Batch size per process.", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Micro-batches per step.", "--gradient_accumulation", at_least=1)
-    gradient_checkpointing: bool | None = flag(None, "Recompute all blocks, or none. Default: on a GPU, what fits.")
+    gradient_checkpointing: bool | None = flag(None, "Recompute all blocks (false: none). Default on a GPU: as needed.")
     checkpoint_blocks: str | None = flag(None, "Recompute only the first N blocks, or 'attention' of every block.")
     mixed_precision: Precision = flag("bf16", "Precision of frozen weights and compute; no=fp32.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step always gets one.", at_least=1)
@@ -339,10 +336,10 @@ class Config:
     quantization: Storage | None = flag(None, "Store frozen weights in 8 or 4 bits; compute in --mixed_precision.")
     do_fp8_training: bool = flag(False, "Store and multiply weights in fp8; needs compute capability 8.9 or higher.")
     bnb_quantization_config_path: str | None = flag(None, "JSON file with a bitsandbytes configuration, 4 or 8 bits.")
-    offload: bool = flag(False, "Keep text encoder and VAE in CPU memory; only parts in use are on the GPU.")
+    offload: bool = flag(False, "Keep text encoder and VAE in CPU memory; move only the layer in use to the GPU.")
     dry_run: bool = flag(False, "Check everything, report the plan and its simulated memory, and stop.")
-    fit: str | None = flag(None, "Choose what fits in this many GiB, or in the GPU ('auto'), and is fastest.")
-    compile: bool = flag(False, "Compile the blocks with torch.compile; takes minutes at the start.")
+    fit: str | None = flag(None, "Choose the fastest settings that fit in N GiB, or in the free GPU memory ('auto').")
+    compile: bool = flag(False, "Compile the blocks with torch.compile; the first steps take minutes.")
     attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, _native_cudnn, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
     allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
@@ -403,12 +400,6 @@ class Config:
         return self.checkpoint_blocks or ("all" if self.gradient_checkpointing else "none")
 
     @property
-    def compiler(self) -> str | None:
-        """Return the backend of torch.compile, if `--compile` or the accelerate configuration asks for it."""
-        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-        return backend if backend != "no" else "inductor" * self.compile or None
-
-    @property
     def training_side(self) -> int:
         """Return the side in pixels of a square with the area of the largest bucket."""
         areas = [height * width for height, width in parse_buckets(self.aspect_ratio_buckets)]
@@ -416,11 +407,9 @@ class Config:
 
     @property
     def encodings_folder(self) -> Path:
-        """Return the folder of cached encodings, in `--cache_dir` or the Hugging Face home; temporary in a dry run."""
+        """Return the folder of cached encodings: inside `--cache_dir`, else inside the Hugging Face home."""
         from huggingface_hub import constants
 
-        if self.dry_run:
-            return Path(tempfile.gettempdir(), f"z-image-dry-run-{os.getpid()}")
         return Path(self.cache_dir or constants.HF_HOME) / "z-image-encodings"
 
     @property
@@ -492,8 +481,8 @@ def contradictions(cfg: Config) -> Iterator[str]:
     if not re.fullmatch(r"\d{1,4}|attention", cfg.checkpoint_blocks or "0"):
         yield f"--checkpoint_blocks accepts a number of blocks or 'attention', got {cfg.checkpoint_blocks!r}"
     if cfg.checkpoint_blocks is not None and cfg.gradient_checkpointing is not None:
-        yield "--checkpoint_blocks and --gradient_checkpointing set the same; give only one of them"
-    if cfg.fit != "auto" and not re.fullmatch(r"\d{0,6}[1-9]\d*\.?\d*|0?\.\d*[1-9]\d*", cfg.fit or "1"):
+        yield "--checkpoint_blocks and --gradient_checkpointing set the same thing; use only one of them"
+    if cfg.fit != "auto" and not re.fullmatch(r"(?=.*[1-9])\d{1,6}(\.\d{1,16})?", cfg.fit or "1"):
         yield f"--fit accepts the memory of a GPU in GiB, as in 24, or 'auto', got {cfg.fit!r}"
     if cfg.fit is not None and is_on("ACCELERATE_USE_FSDP"):
         yield "--fit does not know how FSDP shards the model; remove it"
@@ -802,8 +791,9 @@ def measure(path: Path, digest: str, cfg: Config) -> tuple[int, int]:
         with explained(f"{path} cannot be read as an image"):
             width, height = load_image(path).size
         size = {"height": str(height), "width": str(width)}
-        with contextlib.suppress(OSError):  # it only saves time
-            write_file(memo, *seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
+        if not cfg.dry_run:
+            with contextlib.suppress(OSError):  # it only saves time
+                write_file(memo, *seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
     return int(size["height"]), int(size["width"])
 
 
@@ -914,7 +904,11 @@ def export_dataset(cfg: Config) -> Path:
     """Write the images and captions of `--dataset_name` to a folder, the only source the rest reads."""
     import datasets
 
-    cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
+    cache_dir, exports = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets"), cfg.encodings_folder / "datasets"
+    if cfg.dry_run:
+        cache_dir = tempfile.mkdtemp(prefix="z-image-")
+        exports = Path(cache_dir)
+        atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
     with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded", "check the name and the network"):
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
     split = next(iter(splits)) if len(splits) == 1 else "train"
@@ -933,7 +927,7 @@ def export_dataset(cfg: Config) -> Path:
     names = [f"{number:06d}-{sha256(content)[:16]}.png" for number, content in enumerate(contents)]
     rows = [{"file_name": name, "text": caption} for name, caption in zip(names, captions)]
     metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    folder = cfg.encodings_folder / "datasets" / sha256(metadata)
+    folder = exports / sha256(metadata)
     for name, content in zip([*names, "metadata.jsonl"], [*contents, metadata]):
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             write_file(folder / name, content)
@@ -1042,7 +1036,7 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
     side = cfg.validation_resolution or cfg.training_side
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
     sampling = times * images * each * side**2
-    cost = 3 if cfg.gradient_checkpointing else 2  # forward, backward to the inputs only, forward again
+    cost = 3 if cfg.recomputed == "all" else 2  # forward, backward to the inputs only, forward again
     training = (end + 1 - first) * total * area * cost
     generating = f"class images to generate first: {missing}, in {missing * each:,} forward passes"
     line = (
@@ -1195,10 +1189,7 @@ def weight_files(component: Path, variant: str | None) -> list[Path]:
 
 
 def check_components(model: Path, cfg: Config) -> None:
-    """Reject an incomplete model folder, naming the missing component, shard, or truncated file.
-
-    In a dry run, a component may have no weights yet.
-    """
+    """Reject an incomplete model folder, naming what is missing or truncated; a dry run needs no weights."""
     variant = cfg.variant
     advice = "--pretrained_model_name_or_path needs a complete folder in diffusers format, or a Hub name"
     for component, file in COMPONENTS.items():
@@ -1292,12 +1283,12 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
     )  # fmt: skip
     uses = [json.dumps((sample.digest, sample.bucket, sample.prompt, sample.is_prior)) for sample in plan.samples]
     images = [f"{sha256(use.encode())} {sample.path.name}" for use, sample in zip(uses, plan.samples)]
+    model = sha256(json.dumps(contents).encode())[:12]
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
         "--bnb_quantization_config_path": read_bnb_settings(cfg),
-        "--pretrained_model_name_or_path (a hash of its files)": sha256(json.dumps(contents).encode())[:12],
         "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
-    }  # fmt: skip
+    } | ({"--pretrained_model_name_or_path (a hash of its files)": model} if contents else {})  # fmt: skip
 
 
 def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any]) -> None:
@@ -1328,8 +1319,9 @@ def make_plan(cfg: Config) -> Plan:
     say(*advice(cfg))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with explained(f"the cache folder {cfg.encodings_folder} cannot be used", "choose another --cache_dir"):
-        cfg.encodings_folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.encodings_folder).close()
+        if not cfg.dry_run:
+            cfg.encodings_folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cfg.encodings_folder).close()
     samples = plan_samples(cfg)
     schedule = make_schedule(cfg, samples, processes, checkpoint.step if checkpoint else 0)
     say(*describe_plan(samples, cfg, schedule))
@@ -1515,6 +1507,11 @@ def place(module: nn.Module, cfg: Config) -> nn.Module:
     return cpu_offload(module.eval(), device if device.type != "cpu" else "cpu")  # cpu:0 would confuse accelerate
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device on which a module works; the weights of an offloaded one are on the meta device."""
+    return PartialState().device if module.device.type == "meta" else module.device
+
+
 def tokenize(prompts: list[str], model: Path, max_sequence_length: int) -> dict[str, list[int]]:
     """Map every prompt to its tokens, as `ZImagePipeline` does; warn about truncation."""
     with explained(f"{model}/tokenizer cannot be loaded"):
@@ -1534,7 +1531,7 @@ def tokenize(prompts: list[str], model: Path, max_sequence_length: int) -> dict[
 @torch.no_grad()
 def encode_prompt(text_encoder: nn.Module, tokens: list[int]) -> Tensor:
     """Encode one prompt at its true length, as `ZImagePipeline` does. -> (L, 2560)"""
-    input_ids = torch.tensor([tokens], device=PartialState().device)  # (1, L)
+    input_ids = torch.tensor([tokens], device=device_of(text_encoder))  # (1, L)
     return text_encoder(input_ids=input_ids).last_hidden_state[0]
 
 
@@ -1550,7 +1547,7 @@ def load_vae(model: Path, cfg: Config) -> AutoencoderKL:
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Encode pixels in [-1, 1] to the mode of their latents, scaled. (B, 3, H, W) -> (B, 16, h, w) in fp32"""
-    latents = vae.encode(pixels.to(PartialState().device, vae.dtype)).latent_dist.mode().float()
+    latents = vae.encode(pixels.to(device_of(vae), vae.dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
@@ -1907,9 +1904,9 @@ def prepare_blocks(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
         is_all = cfg.recomputed == "all" or int(cfg.recomputed) >= len(main)
         chosen = set(blocks if is_all else main[: int(cfg.recomputed)])
         transformer.enable_gradient_checkpointing(functools.partial(apply_block, chosen))
-    if cfg.compiler is not None:
-        for block in blocks:
-            block.compile(backend=cfg.compiler, dynamic=True)  # one graph for all sizes: resumed runs compile the same
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    for block in blocks if cfg.compile or backend != "no" else ():  # one graph for all sizes keeps resuming exact
+        block.compile(backend="inductor" if backend == "no" else backend, dynamic=True)
 
 
 def apply_block(chosen: set[nn.Module], block: nn.Module, *inputs: Any) -> Tensor:
@@ -2614,8 +2611,8 @@ def simulation() -> Iterator[MemoryCounter]:
         yield memory
 
 
-def quantize_simulated(transformer: nn.Module, cfg: Config) -> None:
-    """Quantize simulated weights with the functions that the libraries load real ones with."""
+def quantize_simulated(transformer: nn.Module, cfg: Config) -> bool:
+    """Quantize simulated weights, if the config says so, with the functions that the libraries load real ones with."""
     if read_bnb_settings(cfg).get("load_in_8bit"):  # its weights are as large as torchao's
         cfg = dataclasses.replace(cfg, quantization="int8", bnb_quantization_config_path=None)
     config = loading_options(cfg, transformer.dtype).get("quantization_config")
@@ -2634,6 +2631,7 @@ def quantize_simulated(transformer: nn.Module, cfg: Config) -> None:
             module.weight = nn.Parameter(packed, requires_grad=False)
             module.weight.quant_state = state
     freeze_quantized(transformer, cfg)
+    return config is not None
 
 
 def allocate_state(parameters: list[nn.Parameter], cfg: Config) -> Any:
@@ -2697,7 +2695,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
     """Simulate training steps and a denoising step of each kind of images, with the functions of a real run."""
     (latents, decoding), transformer = codec, make_simulated_transformer(cfg, workload)
     with simulation() as memory:
-        quantize_simulated(transformer.to_empty(device="cpu"), cfg)
+        quantized = quantize_simulated(transformer.to_empty(device="cpu"), cfg)
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         lora = sum(parameter.nbytes for parameter in parameters)
         weights = memory.restart() - lora
@@ -2722,6 +2720,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
         for parameter in parameters:
             parameter.grad = None
         is_validated = bool(validation_prompts(cfg, is_final=False) + validation_prompts(cfg, is_final=True))
+        ratio = DTYPES[cfg.prior_generation_precision].itemsize / transformer.dtype.itemsize
         kinds = [("class images", cfg.sample_batch_size, 0)] * workload.has_missing
         for name, images, held in kinds + [("validation", 1, state - lora)] * is_validated:
             before, side = memory.restart(), cfg.validation_resolution or cfg.training_side
@@ -2731,21 +2730,29 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
             with torch.no_grad():
                 predict_velocity(transformer, noisy_latents, torch.empty(count), batch.prompt_embeds)
             others = max(memory.peak - before, decoding.temporaries)
-            phases.append(Phase(name, weights + decoding.weights, held, 0, others))
+            factor = ratio if name == "class images" else 1  # their model is loaded in another precision
+            bare = weights * (1 if quantized else factor) + decoding.weights
+            phases.append(Phase(name, round(bare), held, 0, round(others * factor)))
     return sorted([*phases, *[latents] * cfg.cache_latents])  # their names are in the order of a run
 
 
 def list_choices(cfg: Config, plan: Plan) -> list[Config]:
     """List the config with all combinations of what it leaves open, from fast to slow."""
-    fixed, is_open = set(), cfg.fit is not None or cfg.dry_run
+    fixed, is_open = set(), cfg.fit is not None or (cfg.dry_run and PartialState().device.type == "cpu")
     if plan.checkpoint is not None and is_open and cfg.storage is None:
-        cfg = dataclasses.replace(cfg, quantization=plan.checkpoint.state["binding"]["--quantization"])
+        cfg = dataclasses.replace(cfg, quantization=plan.checkpoint.state["binding"].get("--quantization"))
     if not is_open or plan.checkpoint is not None or cfg.storage or cfg.bnb_quantization_config_path:
         fixed.add("quantization")
     if cfg.gradient_checkpointing is not None or cfg.checkpoint_blocks is not None:
         fixed |= {"gradient_checkpointing", "checkpoint_blocks"}
     rungs = [tuple((name, value) for name, value in rung.items() if name not in fixed) for rung in LADDER]
     return [dataclasses.replace(cfg, **dict(rung)) for rung in dict.fromkeys(rungs)]
+
+
+def describe_storage(cfg: Config) -> str:
+    """Name the format of the frozen weights."""
+    plain = "bf16" if cfg.mixed_precision == "bf16" else "fp32"
+    return cfg.storage or ("bitsandbytes" if cfg.bnb_quantization_config_path else plain)
 
 
 def find_limit(cfg: Config) -> float:
@@ -2757,9 +2764,9 @@ def find_limit(cfg: Config) -> float:
     return min(gather_object([torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf]))
 
 
-def fit(cfg: Config, plan: Plan, workload: Workload) -> tuple[Config, list[Phase]]:
+def fit(given: Config, plan: Plan, workload: Workload) -> tuple[Config, list[Phase]]:
     """Choose the fastest settings that fit, among those left open. Raises UserError if `--fit` finds none."""
-    limit, is_told, options = find_limit(cfg), cfg.fit is not None or cfg.dry_run, []
+    cfg, limit, is_told, options = given, find_limit(given), given.fit is not None or given.dry_run, []
     if (limit == math.inf or is_on("ACCELERATE_USE_FSDP")) and not cfg.dry_run:
         return cfg, []  # what FSDP shards is not simulated
     encoding, codec = simulate_encoding(cfg, workload), simulate_vae(cfg, workload)
@@ -2772,32 +2779,35 @@ def fit(cfg: Config, plan: Plan, workload: Workload) -> tuple[Config, list[Phase
         phases = [encoding, *simulate_transformer(option, workload, codec)]
         peak = max(phase.peak for phase in phases)
         options.append((peak * RESERVE + CONTEXT, option, phases))
-        names = option.storage or "as loaded", option.recomputed, "yes" if option.offload else "no"
+        names = describe_storage(option), option.recomputed, "yes" if option.offload else "no"
         say(*[table(*names, f"{peak / GIB:.1f}", f"{options[-1][0] / GIB:.1f}")] * is_told)
         if options[-1][0] <= limit < math.inf:
             break
     needed, option, phases = options[0] if limit == math.inf else min(options, key=lambda one: one[0])
-    reason = f"simulated, with reserve: {needed / GIB:.1f} of {limit / GIB:.1f} GiB"
+    reason = f"{needed / GIB:.1f} of {limit / GIB:.1f} GiB, simulated, with reserve"
     remedy = "lower --resolution, --train_batch_size, or --rank, or use a GPU with more memory"
-    require(needed <= limit or cfg.fit is None, f"--fit {cfg.fit}: nothing fits; {reason}; {remedy}")
-    if limit < math.inf:
-        say(f"memory: frozen weights {names[0]}, recomputed blocks: {names[1]}; {reason}")
+    require(needed <= limit or cfg.fit is None, f"--fit {cfg.fit}: nothing fits: {reason}; {remedy}")
+    chosen = {name: value for name, value in vars(option).items() if value != getattr(given, name)}
+    flags = " ".join(f"--{name} {value}".replace(" True", "").lower() for name, value in chosen.items())
+    say(*[f"memory: {reason}, with {flags or 'the given settings'}"] * (limit < math.inf))
     if needed > limit:
-        say("warning: this may not fit; --fit auto also quantizes the weights, if they do not")
+        say("warning: this may not fit; --fit auto can also quantize the weights")
     return option, phases
 
 
 def describe_costs(cfg: Config, workload: Workload, phases: list[Phase]) -> Iterator[str]:
     """Yield what a run costs in memory and compute, and the size of the LoRA; nothing of it is measured."""
     transformer = make_simulated_transformer(cfg, workload)
-    yield describe_lora(transformer, workload.layers, cfg)
+    yield describe_lora(transformer, workload.layers, cfg).split(", over ")[0]
+    yield f"details for {describe_storage(cfg)} weights, recomputed blocks: {cfg.recomputed}"
     table = "{:>15} {:>9} {:>28} {:>13} {:>13} {:>7}".format
     yield table("simulated, GiB", "weights", "LoRA, gradients, optimizer", "activations", "temporaries", "peak")
     for phase in phases:
         yield table(phase.name, *(f"{size / GIB:.2f}" for size in (*phase[1:], phase.peak)))
     yield "reserve, not included: 0.5 GiB for the CUDA context, and 5% of the peak for fragmentation"
-    host = psutil.Process().memory_info().rss + phases[0].weights
-    yield f"host memory: about {host / GIB:.1f} GiB, while the text encoder is loaded"
+    encoder = simulate_encoding(dataclasses.replace(cfg, offload=False), workload).weights
+    host = psutil.Process().memory_info().rss + encoder
+    yield f"host memory: about {host / GIB:.1f} GiB, while the text encoder is loaded or offloaded"
     with simulation(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         batch = make_empty_batch(cfg.train_batch_size, workload.bucket, workload.tokens, transformer)
         training_loss(transformer.to_empty(device="cpu"), batch, cfg, 1.0).backward()
@@ -2812,10 +2822,11 @@ def describe_disk(cfg: Config, plan: Plan, workload: Workload, empty: ZImageTran
     lora = sum(cfg.rank * sum(empty.get_submodule(layer).weight.shape) for layer in workload.layers)
     prompts = len({sample.prompt for sample in plan.samples}) * workload.tokens * empty.config.cap_feat_dim * 4
     pixels = sum(math.prod(sample.bucket) for sample in plan.samples) * cfg.cache_latents * (1 + cfg.random_flip)
-    cache = Path(cfg.cache_dir) if cfg.cache_dir else dataclasses.replace(cfg, dry_run=False).encodings_folder
-    needs = {Path(cfg.output_dir): (count + 1) * 16 * lora, cache: prompts + pixels}  # latents: a byte per pixel
+    needs = {Path(cfg.output_dir): (count + 1) * 16 * lora, cfg.encodings_folder: prompts + pixels}  # a byte per pixel
     for folder, size in needs.items():
-        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+        present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        require(os.access(present, os.W_OK), f"{present} is read-only; choose another --output_dir or --cache_dir")
+        free = shutil.disk_usage(present).free
         words = f"disk space: up to {size / 1e9:.2f} GB in {folder}, where {free / 1e9:.1f} GB are free"
         yield "warning: " * (size > free) + words
 
@@ -2908,12 +2919,13 @@ def push(cfg: Config, repository: str) -> None:
 
 def compare_peaks(run: Run, phases: list[Phase]) -> dict[str, Any]:
     """Compare the memory that the GPU has used with the simulated one, in GiB; add the median time of a step."""
-    record_peak(run.peaks, "validation")
     metrics = map(json.loads, Path(run.cfg.output_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    record = {"seconds_per_step": statistics.median(row["seconds"] for row in metrics)}
+    seconds = [row["seconds"] for row in metrics]
+    record = {"seconds_per_step": statistics.median(seconds)} if seconds else {}
     for phase in phases:
         measured = max(gather_object([run.peaks.get(phase.name, 0)]))
-        record[phase.name] = {"measured": round(measured / GIB, 2), "simulated": round(phase.peak / GIB, 2)}
+        record[phase.name] = {"simulated": round(phase.peak / GIB, 2)}
+        record[phase.name] |= {"measured": round(measured / GIB, 2)} if measured else {}
     return record
 
 
@@ -2922,7 +2934,10 @@ def describe_results(cfg: Config, file: Path, record: dict[str, Any]) -> list[st
     metrics, images = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
     lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"images    {images}"] * any(images.glob("*/sheet.png"))
     skipped = metrics.read_text(encoding="utf-8").count('"is_skipped": true')
-    lines += [f"{name:<9} {value}" for name, value in record.items()]
+    for name, value in record.items():
+        parts = {"": value} if isinstance(value, float) else value
+        text = ", ".join(f"{part:.3g} GiB {kind}" if kind else f"{part:.3g}" for kind, part in parts.items())
+        lines.append(f"{name.replace('_', ' ')}: {text}")
     lines += [f"warning: {skipped} steps were skipped because the loss or gradient was not finite"] * bool(skipped)
     return lines + DEMO_FAREWELL.format(script=Path(sys.argv[0]).name).splitlines() * cfg.demo
 
@@ -3152,6 +3167,10 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     chosen = {name: value for name, value in vars(cfg).items() if value != getattr(given, name)}
     disk = describe_disk(cfg, plan, workload, empty)
     if cfg.dry_run:
+        if plan.checkpoint is not None:
+            check_continuity(cfg, plan.checkpoint, make_binding(cfg, {}, plan))
+        with explained(f"--attention_backend {cfg.attention} does not work here"):
+            empty.set_attention_backend(cfg.attention)
         say(*describe_costs(cfg, workload, phases), *disk, *describe_login(cfg))
         return Path(cfg.output_dir, LORA_FILE)
     say(*(line for line in disk if line.startswith("warning")))
@@ -3174,6 +3193,7 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     transformer, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, cfg))
     run = Run(cfg, plan, encodings, accelerator, transformer, optimizer, stop, shift, peaks)
     train_and_save(run)
+    record_peak(peaks, "training")
     file = finish_lora(run)
     validate(run, last, is_final=True)
     record = compare_peaks(run, phases)
@@ -3202,9 +3222,6 @@ def main(cfg: Config, plan: Plan | None = None) -> Path:
             more = "" if cfg.fit else "--fit auto, "
             more = f"the GPU is out of memory; try {more}a smaller --train_batch_size, --resolution, or --rank"
             raise UserError(f"{more}; {describe_last(cfg)}") from error
-        finally:
-            if cfg.dry_run:
-                shutil.rmtree(cfg.encodings_folder, ignore_errors=True)
 
 
 if RUN_AS_SCRIPT:
