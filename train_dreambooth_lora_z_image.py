@@ -321,7 +321,7 @@ class Config:
     num_train_epochs: int | None = flag(None, "Epochs; each shows every instance image --repeats times.", at_least=1)
     train_batch_size: int = flag(1, "Batch size per process.", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Micro-batches per step.", "--gradient_accumulation", at_least=1)
-    gradient_checkpointing: bool | None = flag(None, "Recompute all blocks (false: none). Default on a GPU: as needed.")
+    gradient_checkpointing: bool | None = flag(None, "Recompute all blocks, or none. Default on a GPU: as needed.")
     checkpoint_blocks: str | None = flag(None, "Recompute only the first N blocks, or 'attention' of every block.")
     mixed_precision: Precision = flag("bf16", "Precision of frozen weights and compute; no=fp32.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step always gets one.", at_least=1)
