@@ -1496,10 +1496,10 @@ def load_text_encoder(model: Path, cfg: Config) -> nn.Module:
         text_encoder, report = Qwen3Model.from_pretrained(model / "text_encoder", config=config, **options)
     reject_missing(report["missing_keys"], model / "text_encoder")
     text_encoder.norm = nn.Identity()
-    return place(text_encoder, cfg)
+    return put_on_device(text_encoder, cfg)
 
 
-def place(module: nn.Module, cfg: Config) -> nn.Module:
+def put_on_device(module: nn.Module, cfg: Config) -> nn.Module:
     """Move a module to the device; with `--offload`, its weights stay in host memory and visit it one by one."""
     device = PartialState().device
     if not cfg.offload:
@@ -1541,7 +1541,7 @@ def load_vae(model: Path, cfg: Config) -> AutoencoderKL:
         options = {"variant": cfg.variant, "torch_dtype": DTYPES[cfg.mixed_precision]}
         vae = AutoencoderKL.from_pretrained(model / "vae", **options)
     reject_missing([name for name, weight in vae.named_parameters() if weight.is_meta], model / "vae")
-    return place(vae, cfg)
+    return put_on_device(vae, cfg)
 
 
 @torch.no_grad()
@@ -1900,9 +1900,8 @@ def prepare_blocks(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
         for block in blocks:
             swap_class(block, {ZImageTransformerBlock: HalfCheckpointedBlock})
     elif cfg.recomputed != "none":
-        main = [*transformer.layers]
-        is_all = cfg.recomputed == "all" or int(cfg.recomputed) >= len(main)
-        chosen = set(blocks if is_all else main[: int(cfg.recomputed)])
+        is_all = cfg.recomputed == "all" or int(cfg.recomputed) >= len(transformer.layers)
+        chosen = set(blocks if is_all else transformer.layers[: int(cfg.recomputed)])
         transformer.enable_gradient_checkpointing(functools.partial(apply_block, chosen))
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     for block in blocks if cfg.compile or backend != "no" else ():  # one graph for all sizes keeps resuming exact
