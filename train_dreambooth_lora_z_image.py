@@ -35,7 +35,6 @@ resumed run, or one on more processes with the same total batch, sees the same i
 """
 
 import argparse
-import atexit
 import collections
 import contextlib
 import csv
@@ -52,7 +51,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -90,10 +88,6 @@ from tqdm.auto import tqdm
 
 class UserError(ValueError):
     """An error that the user can fix: one sentence that names the flag or file and the remedy."""
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(re.sub(r"(?s)^Caught .*\n\S*UserError: ", "", sentence.strip()))
-        self.__cause__ = RuntimeError(sentence) if sentence.startswith("Caught ") else None  # by a loader's process
 
 
 class Stopped(KeyboardInterrupt):
@@ -177,7 +171,7 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def write_file(path: Path, *content: bytes | memoryview) -> None:
+def write_file(path: Path, *content: Any) -> None:
     """Write a file atomically: it is either complete or absent. Used for everything but metrics.jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".z-image-{uuid.uuid4().hex}.tmp")
@@ -194,28 +188,26 @@ def write_file(path: Path, *content: bytes | memoryview) -> None:
         raise
 
 
-def split_safetensors(content: bytes) -> tuple[dict[str, Any], memoryview]:
-    """Split the bytes of a safetensors file into its header and its tensors."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), memoryview(content)[end:]
-
-
-def seal(content: bytes, metadata: dict[str, str]) -> tuple[bytes, memoryview]:
-    """Add metadata and a hash of everything, so that equal content gives equal bytes; returns header and tensors."""
-    header, tensors = split_safetensors(content)
-    header = {"__metadata__": dict(sorted(metadata.items()))} | header  # safetensors 0.8 would shuffle it
-    header["__metadata__"]["sha256"] = sha256(json.dumps(header).encode() + hashlib.sha256(tensors).digest())
+def write_sealed(path: Path, metadata: dict[str, str], header: dict[str, Any], *tensors: Any) -> None:
+    """Write a safetensors file, with a hash of everything in its header; equal content gives equal bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor)
+    header = {"__metadata__": dict(sorted(metadata.items()))} | header
+    header["__metadata__"]["sha256"] = sha256(json.dumps(header).encode() + digest.digest())
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, tensors
+    write_file(path, len(text).to_bytes(8, "little"), text, *tensors)
 
 
 def read_sealed(path: Path) -> dict[str, str] | None:
     """Return the metadata of a sealed file, or None if the file is missing or differs from what was written."""
     try:
-        header, tensors = split_safetensors(path.read_bytes())
-        digest = header["__metadata__"].pop("sha256")
-        is_intact = digest == sha256(json.dumps(header).encode() + hashlib.sha256(tensors).digest())
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+            digest = header["__metadata__"].pop("sha256")
+            is_intact = digest == sha256(json.dumps(header).encode() + hashlib.file_digest(file, "sha256").digest())
         return header["__metadata__"] if is_intact else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -322,7 +314,7 @@ class Config:
     train_batch_size: int = flag(1, "Batch size per process.", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Micro-batches per step.", "--gradient_accumulation", at_least=1)
     gradient_checkpointing: bool | None = flag(None, "Recompute all blocks, or none. Default on a GPU: as needed.")
-    checkpoint_blocks: str | None = flag(None, "Recompute only the first N blocks, or 'attention' of every block.")
+    checkpoint_blocks: str | None = flag(None, "What to recompute: the first N blocks, none, attention, or all.")
     mixed_precision: Precision = flag("bf16", "Precision of frozen weights and compute; no=fp32.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; the last step always gets one.", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Keep only this many of the newest checkpoints.", at_least=1)
@@ -343,7 +335,7 @@ class Config:
     attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, _native_cudnn, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
     allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
-    dataloader_num_workers: int | None = flag(None, "Loader processes. Default: 2 if needed, else 0.", at_least=0)
+    dataloader_num_workers: int = flag(2, "Number of batches that are loaded ahead, each in a thread.", at_least=0)
     fsdp_text_encoder: bool = flag(False, "Accepted for compatibility; has no effect.")
 
     validation_prompt: tuple[str, ...] | None = flag(None, "Prompts, each quoted, for images throughout training.")
@@ -376,6 +368,8 @@ class Config:
                 object.__setattr__(self, name, os.path.expanduser(value))
         for sentence in itertools.chain(misfits(self), contradictions(self)):
             raise UserError(sentence)
+        if self.enable_npu_flash_attention:
+            object.__setattr__(self, "attention_backend", "_native_npu")
 
     @property
     def lora_scale(self) -> float:
@@ -388,9 +382,12 @@ class Config:
         return self.use_8bit_adam and self.optimizer == "adamw"
 
     @property
-    def storage(self) -> str | None:
-        """Return the storage format of the frozen weights, unless a bitsandbytes JSON defines it."""
-        return "fp8" if self.do_fp8_training else self.quantization
+    def storage(self) -> str:
+        """Return how the frozen weights are stored: in bf16 or fp32, a format, or as a bitsandbytes JSON says."""
+        if self.do_fp8_training or self.quantization is not None:
+            return self.quantization or "fp8"
+        plain = "bf16" if self.mixed_precision == "bf16" else "fp32"
+        return plain if self.bnb_quantization_config_path is None else "bitsandbytes"
 
     @property
     def recomputed(self) -> str:
@@ -411,11 +408,6 @@ class Config:
         from huggingface_hub import constants
 
         return Path(self.cache_dir or constants.HF_HOME) / "z-image-encodings"
-
-    @property
-    def attention(self) -> str:
-        """Return the attention backend, whichever flag names it."""
-        return "_native_npu" if self.enable_npu_flash_attention else self.attention_backend
 
     @property
     def trackers(self) -> list[str]:
@@ -472,14 +464,14 @@ def contradictions(cfg: Config) -> Iterator[str]:
     given = [f"--{name}" for name in formats if getattr(cfg, name)]
     if len(given) > 1:
         yield f"{' and '.join(given)} set the format of the same weights; give only one of them"
-    if cfg.enable_npu_flash_attention and cfg.attention_backend not in ("native", cfg.attention):
+    if cfg.enable_npu_flash_attention and cfg.attention_backend not in ("native", "_native_npu"):
         yield f"--enable_npu_flash_attention conflicts with --attention_backend {cfg.attention_backend}"
     if cfg.hub_token is not None and not re.fullmatch(r"[!-~]+", cfg.hub_token):
         yield "--hub_token contains whitespace or an invalid character; copy it again"
     if cfg.push_to_hub and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{0,95}", cfg.repository, re.A):
         yield f"--hub_model_id {cfg.repository} is not a valid repository name; use one such as user/my-lora"
-    if not re.fullmatch(r"\d{1,4}|attention", cfg.checkpoint_blocks or "0"):
-        yield f"--checkpoint_blocks accepts a number of blocks or 'attention', got {cfg.checkpoint_blocks!r}"
+    if not re.fullmatch(r"\d{1,4}|none|attention|all", cfg.checkpoint_blocks or "0"):
+        yield f"--checkpoint_blocks accepts a number of blocks, none, attention, or all; got {cfg.checkpoint_blocks!r}"
     if cfg.checkpoint_blocks is not None and cfg.gradient_checkpointing is not None:
         yield "--checkpoint_blocks and --gradient_checkpointing set the same thing; use only one of them"
     if cfg.fit != "auto" and not re.fullmatch(r"(?=.*[1-9])\d{1,6}(\.\d{1,16})?", cfg.fit or "1"):
@@ -791,9 +783,8 @@ def measure(path: Path, digest: str, cfg: Config) -> tuple[int, int]:
         with explained(f"{path} cannot be read as an image"):
             width, height = load_image(path).size
         size = {"height": str(height), "width": str(width)}
-        if not cfg.dry_run:
-            with contextlib.suppress(OSError):  # it only saves time
-                write_file(memo, *seal(b"\2" + bytes(7) + b"{}", size))  # a safetensors file without tensors
+        with contextlib.suppress(OSError):  # it only saves time
+            write_sealed(memo, size, {})
     return int(size["height"]), int(size["width"])
 
 
@@ -904,11 +895,7 @@ def export_dataset(cfg: Config) -> Path:
     """Write the images and captions of `--dataset_name` to a folder, the only source the rest reads."""
     import datasets
 
-    cache_dir, exports = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets"), cfg.encodings_folder / "datasets"
-    if cfg.dry_run:
-        cache_dir = tempfile.mkdtemp(prefix="z-image-")
-        exports = Path(cache_dir)
-        atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
+    cache_dir = cfg.cache_dir and str(Path(cfg.cache_dir) / "datasets")
     with explained(f"--dataset_name {cfg.dataset_name} cannot be loaded", "check the name and the network"):
         splits = datasets.load_dataset(cfg.dataset_name, cfg.dataset_config_name, cache_dir=cache_dir)
     split = next(iter(splits)) if len(splits) == 1 else "train"
@@ -927,7 +914,7 @@ def export_dataset(cfg: Config) -> Path:
     names = [f"{number:06d}-{sha256(content)[:16]}.png" for number, content in enumerate(contents)]
     rows = [{"file_name": name, "text": caption} for name, caption in zip(names, captions)]
     metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    folder = exports / sha256(metadata)
+    folder = cfg.encodings_folder / "datasets" / sha256(metadata)
     for name, content in zip([*names, "metadata.jsonl"], [*contents, metadata]):
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             write_file(folder / name, content)
@@ -1239,7 +1226,7 @@ def needed_packages(cfg: Config) -> dict[str, Any]:
     return {
         "datasets": cfg.dataset_name, "prodigyopt": cfg.optimizer == "prodigy",
         "torchao": is_open or cfg.storage in ("fp8", "int8") or read_bnb_settings(cfg).get("load_in_8bit"),
-        "bitsandbytes": is_open or cfg.quantization == "nf4" or cfg.bnb_quantization_config_path or cfg.has_8bit_state,
+        "bitsandbytes": is_open or cfg.storage in ("nf4", "bitsandbytes") or cfg.has_8bit_state,
         "wandb": "wandb" in cfg.trackers, "tensorboard": "tensorboard" in cfg.trackers,
     }  # fmt: skip
 
@@ -1318,11 +1305,12 @@ def make_plan(cfg: Config) -> Plan:
     check_model(cfg)
     say(*advice(cfg))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with explained(f"the cache folder {cfg.encodings_folder} cannot be used", "choose another --cache_dir"):
-        if not cfg.dry_run:
-            cfg.encodings_folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=cfg.encodings_folder).close()
-    samples = plan_samples(cfg)
+    with tempfile.TemporaryDirectory() if cfg.dry_run else contextlib.nullcontext(cfg.cache_dir) as cache_dir:
+        cached = dataclasses.replace(cfg, cache_dir=cache_dir)
+        with explained(f"the cache folder {cfg.encodings_folder} cannot be used", "choose another --cache_dir"):
+            cached.encodings_folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=cached.encodings_folder).close()
+        samples = plan_samples(cached)
     schedule = make_schedule(cfg, samples, processes, checkpoint.step if checkpoint else 0)
     say(*describe_plan(samples, cfg, schedule))
     return Plan(samples, schedule, checkpoint)
@@ -1375,7 +1363,7 @@ from diffusers.utils import logging as diffusers_logging, make_image_grid
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear, LoraLayer
-from safetensors.torch import load_file, save as serialize
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented, in spite of the underscore
@@ -1384,7 +1372,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 logging.disable(logging.NOTSET)
@@ -1398,8 +1385,8 @@ for library in (transformers.logging, diffusers_logging):
 # =====================================================================================================================
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
+SAVED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # as safetensors calls them
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-LOADER_TIMEOUT = 600  # seconds to wait for a batch
 CENTER = (0.5, 0.5)
 
 
@@ -1566,6 +1553,20 @@ def load_pixels(sample: Sample, is_flipped: bool, centering: tuple[float, float]
     return image_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def load_ahead(load: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], count: int) -> Iterator[Any]:
+    """Call a function with the arguments of each job, in threads, `count` jobs ahead; yield the results in order."""
+    pool, pending = ThreadPoolExecutor(max(1, count)), collections.deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(load, *job))
+            if len(pending) > count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # reading may hang
+
+
 def image_tensor(image: Image.Image) -> Tensor:
     """Copy the pixels of an RGB image. -> (H, W, 3) of uint8"""
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
@@ -1588,9 +1589,13 @@ def share_of(items: list[Any], is_even: bool = False) -> list[Any]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as a sealed safetensors file."""
-    content = serialize({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_file(path, *seal(content, metadata or {}))
+    """Write tensors as a sealed file from their own memory; wide types first, so that each tensor is aligned."""
+    header, contents, end = {}, [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": SAVED[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+        contents.append(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    write_sealed(path, metadata or {}, header, *contents)
 
 
 def fill_prompts_cache(tokens: dict[str, list[int]], encodings: Encodings) -> None:
@@ -1614,57 +1619,27 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
     mine = [job for job in mine if read_sealed(encodings.latents(*job)) is None]
     if mine:
         vae = load_vae(encodings.model, encodings.cfg)
-        with ThreadPoolExecutor(1) as decoder:  # the next image is decoded while the VAE works
-            pixels = decoder.submit(load_pixels, *mine[0])
-            for job, following in zip(progress_bar(mine, "encoding images"), [*mine[1:], mine[0]]):
-                image, pixels = pixels.result(), decoder.submit(load_pixels, *following)
-                write_tensors(encodings.latents(*job), {"latents": encode_images(vae, image[None])[0]})
+        for job, pixels in zip(progress_bar(mine, "encoding images"), load_ahead(load_pixels, mine, 1)):
+            write_tensors(encodings.latents(*job), {"latents": encode_images(vae, pixels[None])[0]})
         del vae
         free_memory()
     if not any_process(bool(mine)):
         say("latents: all cached, the VAE is not loaded for training")
 
 
-def ignore_signals(worker: int) -> None:
-    """Ignore stop signals in a data loader worker, but end it if a batch cannot be sent, which nobody would notice."""
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *error: os._exit(1))
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def kill_workers() -> None:
-    """Kill data loader workers that are left; at exit, Python would wait for them to obey SIGTERM."""
-    workers = [process for process in multiprocessing.active_children() if process.daemon]
-    if workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report an error
-    for process in workers:
-        process.kill()
-
-
-class TrainingExamples(Dataset):
-    """Turn an `Example` into a batch of one: load an image or its latents, and its prompt embedding, from disk."""
-
-    def __init__(self, samples: list[Sample], encodings: Encodings) -> None:
-        self.samples, self.encodings = samples, encodings
-
-    def __getitem__(self, example: Example) -> Batch:
-        cfg, number, sample = self.encodings.cfg, example[0], self.samples[example[1]]
+def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodings) -> Batch:
+    """Load a micro-batch from disk; without cached latents, `latents` still holds pixels."""
+    cfg, chosen, images, prompt_embeds = encodings.cfg, [samples[index] for _, index in examples], [], []
+    for (number, _), sample in zip(examples, chosen):
         is_flipped, centering = sample_augmentation(cfg, number)
         with explained(f"{sample.path} or its encoding cannot be read any more", "restore it, and resume the run"):
             if cfg.cache_latents:
-                image = load_file(self.encodings.latents(sample, is_flipped))["latents"]
+                images.append(load_file(encodings.latents(sample, is_flipped))["latents"])
             else:
-                image = load_pixels(sample, is_flipped, centering)
-            prompt_embeds = load_file(self.encodings.prompt(sample.prompt))["prompt_embeds"]
-        seed, is_prior = derive_seed(cfg.seed, "noise", number), torch.tensor([sample.is_prior])
-        return Batch([seed], image[None], [prompt_embeds], is_prior, [str(sample.path)])
-
-
-def collate(examples: list[Batch]) -> Batch:
-    """Join the examples of one bucket; `latents` still holds pixels where there is no cache."""
-    seeds, images, prompt_embeds, is_prior, names = zip(*examples)
-    return Batch(sum(seeds, []), torch.cat(images), sum(prompt_embeds, []), torch.cat(is_prior), sum(names, []))
+                images.append(load_pixels(sample, is_flipped, centering))
+            prompt_embeds.append(load_file(encodings.prompt(sample.prompt))["prompt_embeds"])
+    seeds, names = [derive_seed(cfg.seed, "noise", number) for number, _ in examples], [str(s.path) for s in chosen]
+    return Batch(seeds, torch.stack(images), prompt_embeds, torch.tensor([s.is_prior for s in chosen]), names)
 
 
 def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iterator[Batch]:
@@ -1673,20 +1648,9 @@ def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iter
     size, rank = cfg.train_batch_size, state.process_index
     batches = micro_batches(samples, cfg, size * state.num_processes)
     batches = itertools.islice(batches, step * cfg.gradient_accumulation_steps, None)
-    usual = 2 if RUN_AS_SCRIPT and not cfg.cache_latents else 0  # a notebook's functions may not reach workers
-    workers = usual if cfg.dataloader_num_workers is None else cfg.dataloader_num_workers
-    loader = DataLoader(
-        TrainingExamples(samples, encodings), collate_fn=collate,
-        batch_sampler=(batch[rank * size : (rank + 1) * size] for batch in batches),
-        num_workers=workers, worker_init_fn=ignore_signals, timeout=workers and LOADER_TIMEOUT,
-        generator=torch.Generator(),  # else the loader would use the global one
-    )  # fmt: skip
+    jobs = ((batch[rank * size : (rank + 1) * size], samples, encodings) for batch in batches)
     vae = None if cfg.cache_latents else load_vae(encodings.model, cfg)
-    loaded = iter(loader)
-    remedy = "use --dataloader_num_workers 0, or, in a container, more shared memory (--shm-size or --ipc=host)"
-    while True:
-        with explained("the data loader failed", remedy):
-            batch = next(loaded)
+    for batch in load_ahead(load_batch, jobs, cfg.dataloader_num_workers):
         latents = batch.latents if vae is None else encode_images(vae, batch.latents)
         yield send_to_device(batch._replace(latents=latents), state.device)
 
@@ -1768,22 +1732,6 @@ class LeanNorm(torch.autograd.Function):
         return (inverse * (gradient - direction * along)).to(x.dtype), None, None
 
 
-class LeanGate(torch.autograd.Function):
-    """silu(a) * b; it saves only a and b."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        """Gate. (..., D), (..., D) -> (..., D)"""
-        ctx.save_for_backward(a, b)
-        return F.silu(a) * b
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of both. (..., D) -> (..., D), (..., D)"""
-        a, b = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * b, a), F.silu(a).mul_(gradient)
-
-
 class LeanRMSNorm(RMSNorm):
     """An RMSNorm with a frozen weight."""
 
@@ -1793,11 +1741,15 @@ class LeanRMSNorm(RMSNorm):
 
 
 class LeanFeedForward(FeedForward):
-    """The feed-forward layers of a block."""
+    """The feed-forward layers of a block; they save two of their four wide tensors, and recompute the others."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers. (..., D) -> (..., D)"""
-        return self.w2(LeanGate.apply(self.w1(x), self.w3(x)))
+        return checkpoint(self.join, self.w1(x), self.w3(x), use_reentrant=False)
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """Gate and project. (..., H), (..., H) -> (..., D)"""
+        return self.w2(F.silu(a) * b)
 
 
 class LeanLora(LoraLinear):
@@ -1808,6 +1760,9 @@ class LeanLora(LoraLinear):
         a, b = self.lora_A["default"].weight.to(x.dtype), self.lora_B["default"].weight.to(x.dtype)  # (r, K), (N, r)
         update = F.linear(F.linear(self.lora_dropout["default"](x), a), b)
         return torch.add(self.base_layer(x), update, alpha=self.scaling["default"])
+
+
+LEAN = {RMSNorm: LeanRMSNorm, FeedForward: LeanFeedForward, LoraLayer: LeanLora}  # ours, for the same weights
 
 
 class HalfCheckpointedBlock(ZImageTransformerBlock):
@@ -1850,7 +1805,7 @@ def loading_options(cfg: Config, dtype: torch.dtype) -> dict[str, Any]:
     outside = ["all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder"]  # only the blocks are quantized
     device = PartialState().device
     placement = {"device_map": None if device.type == "cpu" else {"": device}}  # not through host memory
-    if cfg.storage is None and cfg.bnb_quantization_config_path is None:
+    if cfg.storage in DTYPES:
         return {} if is_on("ACCELERATE_USE_FSDP") else placement  # FSDP moves a shard
     if cfg.storage in ("fp8", "int8"):
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
@@ -1873,7 +1828,7 @@ def load_transformer(model: Path, cfg: Config, dtype: torch.dtype) -> ZImageTran
         transformer = ZImageTransformer2DModel.from_pretrained(model / "transformer", **options)
     reject_missing([name for name, weight in transformer.named_parameters() if weight.is_meta], model / "transformer")
     freeze_quantized(transformer, cfg)
-    transformer.set_attention_backend(cfg.attention)  # always: diffusers keeps that of an earlier run in this process
+    transformer.set_attention_backend(cfg.attention_backend)  # always: diffusers keeps that of an earlier run
     return transformer.requires_grad_(False)
 
 
@@ -1886,31 +1841,24 @@ def freeze_quantized(transformer: ZImageTransformer2DModel, cfg: Config) -> None
             module.__class__, module.has_fp8_products = FrozenLinear, cfg.do_fp8_training and fits
 
 
-def swap_class(module: nn.Module, kinds: dict[type, type]) -> None:
-    """Give a module a class of ours, for the same weights, in place of the library's."""
-    module.__class__ = next((ours for theirs, ours in kinds.items() if isinstance(module, theirs)), type(module))
-
-
 def prepare_blocks(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
     """Have the layers save less for the backward pass, recompute what the config says, and compile the blocks."""
     for module in transformer.modules():
-        swap_class(module, {RMSNorm: LeanRMSNorm, FeedForward: LeanFeedForward, LoraLayer: LeanLora})
+        module.__class__ = next((ours for theirs, ours in LEAN.items() if isinstance(module, theirs)), type(module))
     blocks = [module for module in transformer.modules() if isinstance(module, ZImageTransformerBlock)]
     if cfg.recomputed == "attention":
         for block in blocks:
-            swap_class(block, {ZImageTransformerBlock: HalfCheckpointedBlock})
+            block.__class__ = HalfCheckpointedBlock
     elif cfg.recomputed != "none":
         is_all = cfg.recomputed == "all" or int(cfg.recomputed) >= len(transformer.layers)
         chosen = set(blocks if is_all else transformer.layers[: int(cfg.recomputed)])
-        transformer.enable_gradient_checkpointing(functools.partial(apply_block, chosen))
+        again = functools.partial(checkpoint, use_reentrant=False)
+        transformer.enable_gradient_checkpointing(
+            lambda block, *inputs: again(block, *inputs) if block in chosen else block(*inputs)
+        )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     for block in blocks if cfg.compile or backend != "no" else ():  # one graph for all sizes keeps resuming exact
         block.compile(backend="inductor" if backend == "no" else backend, dynamic=True)
-
-
-def apply_block(chosen: set[nn.Module], block: nn.Module, *inputs: Any) -> Tensor:
-    """Apply a block; if it is chosen, the backward pass applies it again and its activations are not saved."""
-    return checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)
 
 
 def expand_range(name: str) -> Iterator[str]:
@@ -1938,21 +1886,16 @@ def resolve_lora_layers(lora_layers: str, empty: ZImageTransformer2DModel) -> li
     return [layer for layer in linear if layer in chosen]
 
 
-def check_sizes(cfg: Config, samples: list[Sample], empty: ZImageTransformer2DModel) -> None:
-    """Reject images that exceed the transformer's table of positions, which has one per 16 pixels."""
-    _, rows, columns = empty.config.axes_lens
-    side = cfg.validation_resolution or cfg.training_side
+def check_positions(cfg: Config, samples: list[Sample], tokens: dict[str, list[int]], axes_lens: list[int]) -> None:
+    """Reject what exceeds the transformer's tables of positions: one per token, and one per 16 pixels of each side."""
+    (length, rows, columns), side = axes_lens, cfg.validation_resolution or cfg.training_side
     for height, width in {(side, side), *(sample.bucket for sample in samples)}:
         limit = f"{height} x {width} is too large for this model, which supports {16 * rows} x {16 * columns} pixels"
         remedy = "lower --resolution, --aspect_ratio_buckets, or --validation_resolution"
         require(height <= 16 * rows and width <= 16 * columns, f"{limit}; {remedy}")
-
-
-def check_lengths(tokens: dict[str, list[int]], empty: ZImageTransformer2DModel) -> None:
-    """Reject prompts that exceed the transformer's table of positions."""
-    for prompt, length in ((prompt, len(numbers)) for prompt, numbers in tokens.items()):
-        fits = math.ceil(length / 32) * 32 + 2 <= empty.config.axes_lens[0]  # padded, and the image follows
-        require(fits, f"{length} tokens are too many for this model; lower --max_sequence_length: {prompt!r}")
+    for prompt, count in ((prompt, len(numbers)) for prompt, numbers in tokens.items()):
+        fits = math.ceil(count / 32) * 32 + 2 <= length  # padded, and the image follows
+        require(fits, f"{count} tokens are too many for this model; lower --max_sequence_length: {prompt!r}")
 
 
 def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Config) -> list[nn.Parameter]:
@@ -2143,7 +2086,6 @@ class StopRequest:
         self.number, self.reason = (self.number if self.reason else number), self.reason or signal.Signals(number).name
         if self.is_waiting:
             self.is_waiting = False
-            kill_workers()  # one may hang
             raise Stopped(self.reason, number)
 
     def expire(self) -> None:
@@ -2262,16 +2204,17 @@ def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
             probe = nn.Parameter(torch.zeros(4096, device=device))
             probe.grad = torch.zeros_like(probe)
             make_optimizer([probe], cfg).step()
-    with explained(f"--attention_backend {cfg.attention}", "it does not work here; remove the flag"):
+    name = f"--attention_backend {cfg.attention_backend}"
+    with explained(name, "it does not work here; remove the flag"):
         query = torch.linspace(-9, 9, 2 * 64 * 2 * 128).sin().view(2, 64, 2, 128).to(device, dtype).requires_grad_()
         mask = (torch.arange(64) < torch.tensor([[64], [40]])).to(device)[:, None, None]  # of captions, padded
         outputs = []
-        for backend in ("native", cfg.attention):
+        for backend in ("native", cfg.attention_backend):
             empty.set_attention_backend(backend)
             outputs.append(dispatch_attention_fn(query, query, query, attn_mask=mask))
         outputs[1].sum().backward()
         is_masked = torch.allclose(*outputs, atol=0.05)
-        require(is_masked, f"--attention_backend {cfg.attention} attends to the padding of captions; remove the flag")
+        require(is_masked, f"{name} attends to the padding of captions; remove the flag")
 
 
 def make_learning_rate(cfg: Config, schedule: Schedule) -> Callable[[int], float]:
@@ -2386,14 +2329,10 @@ def resume(run: Run) -> None:
             is_known = is_damaged or run.cfg.resume_from_checkpoint not in (None, "latest")
             require(is_known, f"another run has just saved {later}; start again with --resume_from_checkpoint latest")
             say(f"{later} is {'damaged' if is_damaged else 'superseded'}; renamed to {set_aside(later).name}")
-        cut_metrics(output / "metrics.jsonl", step)
-
-
-def cut_metrics(file: Path, step: int) -> None:
-    """Keep the metrics of the first `step` steps, so that none is repeated; drop an incomplete last line."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
-    write_file(file, b"".join(match[0] for match in steps if match is not None and int(match[1]) <= step))
+        file = output / "metrics.jsonl"  # keep the steps that are done; drop an incomplete last line
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
+        write_file(file, *(match[0] for match in steps if match is not None and int(match[1]) <= step))
 
 
 def record_peak(peaks: dict[str, int], phase: str) -> None:
@@ -2540,13 +2479,7 @@ def log_images(accelerator: Accelerator, images: list[Image.Image], captions: li
 
 GIB = 2**30
 CONTEXT, RESERVE = 0.5 * GIB, 1.05  # memory for the CUDA context, and a factor for fragmentation
-LADDER = (  # from fast to slow, by an estimate: fp8 takes 15% more time, nf4 30%, recomputing 20% or 40%
-    {"quantization": None, "gradient_checkpointing": False}, {"quantization": "fp8", "gradient_checkpointing": False},
-    {"quantization": None, "checkpoint_blocks": "attention"}, {"quantization": "nf4", "gradient_checkpointing": False},
-    {"quantization": "fp8", "checkpoint_blocks": "attention"}, {"quantization": None, "gradient_checkpointing": True},
-    {"quantization": "nf4", "checkpoint_blocks": "attention"}, {"quantization": "fp8", "gradient_checkpointing": True},
-    {"quantization": "nf4", "gradient_checkpointing": True},
-)  # fmt: skip
+SLOWER = {"fp8": 1.15, "nf4": 1.3, "attention": 1.2, "all": 1.4}  # the time of a step, by an estimate
 
 
 class Workload(NamedTuple):
@@ -2579,21 +2512,21 @@ class MemoryCounter(TorchDispatchMode):
 
     def __init__(self, *kinds: type) -> None:
         super().__init__()
-        self.kinds, self.sizes, self.now, self.peak = kinds, {}, 0, 0
+        self.kinds, self.living, self.now, self.peak = kinds, weakref.WeakSet(), 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if type(tensor) in self.kinds and (storage := tensor.untyped_storage())._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata)
+            if type(tensor) in self.kinds and (storage := tensor.untyped_storage()) not in self.living:
+                self.living.add(storage)
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
         return result
 
-    def free(self, storage: int) -> None:
-        """Subtract the bytes of a storage."""
-        self.now -= self.sizes.pop(storage)
+    def count(self, size: int) -> None:
+        """Add or subtract bytes."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def restart(self) -> int:
         """Start a new peak; returns the bytes that are in use."""
@@ -2610,27 +2543,25 @@ def simulation() -> Iterator[MemoryCounter]:
         yield memory
 
 
-def quantize_simulated(transformer: nn.Module, cfg: Config) -> bool:
+def quantize_simulated(transformer: nn.Module, cfg: Config) -> None:
     """Quantize simulated weights, if the config says so, with the functions that the libraries load real ones with."""
     if read_bnb_settings(cfg).get("load_in_8bit"):  # its weights are as large as torchao's
         cfg = dataclasses.replace(cfg, quantization="int8", bnb_quantization_config_path=None)
     config = loading_options(cfg, transformer.dtype).get("quantization_config")
-    for name, module in [*transformer.named_modules()] * (config is not None):
-        if not BLOCK.match(name) or not isinstance(module, nn.Linear) or ".lora_" in name:
-            continue
+    layers = [module for name, module in transformer.named_modules() if BLOCK.match(name) and ".lora_" not in name]
+    for layer in [layer for layer in layers if isinstance(layer, nn.Linear) and config is not None]:
         if isinstance(config, TorchAoConfig):
             from torchao.quantization import quantize_
 
-            quantize_(module, config.quant_type)
+            quantize_(layer, config.quant_type)
         else:
             from bitsandbytes.functional import quantize_4bit
 
             # without double quantization, which needs real values: it would save 0.25 GiB more
-            packed, state = quantize_4bit(module.weight.data, quant_type=config.bnb_4bit_quant_type)
-            module.weight = nn.Parameter(packed, requires_grad=False)
-            module.weight.quant_state = state
+            packed, state = quantize_4bit(layer.weight.data, quant_type=config.bnb_4bit_quant_type)
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+            layer.weight.quant_state = state
     freeze_quantized(transformer, cfg)
-    return config is not None
 
 
 def allocate_state(parameters: list[nn.Parameter], cfg: Config) -> Any:
@@ -2694,7 +2625,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
     """Simulate training steps and a denoising step of each kind of images, with the functions of a real run."""
     (latents, decoding), transformer = codec, make_simulated_transformer(cfg, workload)
     with simulation() as memory:
-        quantized = quantize_simulated(transformer.to_empty(device="cpu"), cfg)
+        quantize_simulated(transformer.to_empty(device="cpu"), cfg)
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         lora = sum(parameter.nbytes for parameter in parameters)
         weights = memory.restart() - lora
@@ -2718,79 +2649,68 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
         phases = [Phase("training", weights + vae, state, activations, others)]
         for parameter in parameters:
             parameter.grad = None
-        is_validated = bool(validation_prompts(cfg, is_final=False) + validation_prompts(cfg, is_final=True))
+        is_validated, side = bool(needed_prompts([], cfg)), cfg.validation_resolution or cfg.training_side
         ratio = DTYPES[cfg.prior_generation_precision].itemsize / transformer.dtype.itemsize
-        kinds = [("class images", cfg.sample_batch_size, 0)] * workload.has_missing
-        for name, images, held in kinds + [("validation", 1, state - lora)] * is_validated:
-            before, side = memory.restart(), cfg.validation_resolution or cfg.training_side
-            count = images * (2 if cfg.guidance_scale else 1)
+        kinds = [("class images", cfg.sample_batch_size, 0, ratio)] * workload.has_missing
+        for name, images, held, factor in kinds + [("validation", 1, state - lora, 1)] * is_validated:
+            before, count = memory.restart(), images * (2 if cfg.guidance_scale else 1)
             batch = make_empty_batch(count, (side, side), workload.tokens, transformer)
-            noisy_latents = batch.latents.to(transformer.dtype)
             with torch.no_grad():
+                noisy_latents = batch.latents.to(transformer.dtype)
                 predict_velocity(transformer, noisy_latents, torch.empty(count), batch.prompt_embeds)
-            others = max(memory.peak - before, decoding.temporaries)
-            factor = ratio if name == "class images" else 1  # their model is loaded in another precision
-            bare = weights * (1 if quantized else factor) + decoding.weights
-            phases.append(Phase(name, round(bare), held, 0, round(others * factor)))
+            bare = weights * (factor if cfg.storage in DTYPES else 1) + decoding.weights
+            others = factor * max(memory.peak - before, decoding.temporaries)
+            phases.append(Phase(name, round(bare), held, 0, round(others)))
     return sorted([*phases, *[latents] * cfg.cache_latents])  # their names are in the order of a run
 
 
 def list_choices(cfg: Config, plan: Plan) -> list[Config]:
     """List the config with all combinations of what it leaves open, from fast to slow."""
-    fixed, is_open = set(), cfg.fit is not None or (cfg.dry_run and PartialState().device.type == "cpu")
-    if plan.checkpoint is not None and is_open and cfg.storage is None:
-        cfg = dataclasses.replace(cfg, quantization=plan.checkpoint.state["binding"].get("--quantization"))
-    if not is_open or plan.checkpoint is not None or cfg.storage or cfg.bnb_quantization_config_path:
-        fixed.add("quantization")
-    if cfg.gradient_checkpointing is not None or cfg.checkpoint_blocks is not None:
-        fixed |= {"gradient_checkpointing", "checkpoint_blocks"}
-    rungs = [tuple((name, value) for name, value in rung.items() if name not in fixed) for rung in LADDER]
-    return [dataclasses.replace(cfg, **dict(rung)) for rung in dict.fromkeys(rungs)]
-
-
-def describe_storage(cfg: Config) -> str:
-    """Name the format of the frozen weights."""
-    plain = "bf16" if cfg.mixed_precision == "bf16" else "fp32"
-    return cfg.storage or ("bitsandbytes" if cfg.bnb_quantization_config_path else plain)
+    is_open = cfg.fit is not None or (cfg.dry_run and PartialState().device.type == "cpu")
+    kinds = [plan.checkpoint.state["binding"].get("--quantization")] if plan.checkpoint else [None, "fp8", "nf4"]
+    storages = [{"quantization": kind} for kind in kinds] if is_open and cfg.storage in DTYPES else [{}]
+    is_open = cfg.gradient_checkpointing is None and cfg.checkpoint_blocks is None
+    dials = [{"checkpoint_blocks": kind} for kind in ("none", "attention", "all")] if is_open else [{}]
+    options = [dataclasses.replace(cfg, **storage, **dial) for storage, dial in itertools.product(storages, dials)]
+    return sorted(options, key=lambda option: SLOWER.get(option.storage, 1) * SLOWER.get(option.recomputed, 1))
 
 
 def find_limit(cfg: Config) -> float:
     """Return the memory in bytes that the run may use: that of `--fit`, or what is free on its GPUs, or infinity."""
-    if cfg.fit not in (None, "auto"):
-        return float(cfg.fit) * GIB
-    device = PartialState().device
-    require(cfg.fit is None or device.type == "cuda", "--fit auto: torch sees no GPU; give a size, as in --fit 24")
-    return min(gather_object([torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf]))
+    device, is_given = PartialState().device, cfg.fit not in (None, "auto")
+    require(cfg.fit != "auto" or device.type == "cuda", "--fit auto: torch sees no GPU; give a size, as in --fit 24")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    return float(cfg.fit) * GIB if is_given else min(gather_object([free]))
 
 
 def fit(given: Config, plan: Plan, workload: Workload) -> tuple[Config, list[Phase]]:
     """Choose the fastest settings that fit, among those left open. Raises UserError if `--fit` finds none."""
-    cfg, limit, is_told, options = given, find_limit(given), given.fit is not None or given.dry_run, []
-    if (limit == math.inf or is_on("ACCELERATE_USE_FSDP")) and not cfg.dry_run:
-        return cfg, []  # what FSDP shards is not simulated
-    encoding, codec = simulate_encoding(cfg, workload), simulate_vae(cfg, workload)
-    if cfg.fit is not None and encoding.peak * RESERVE + CONTEXT > limit:
-        cfg = dataclasses.replace(cfg, offload=True)
+    limit, is_told, options = find_limit(given), given.fit is not None or given.dry_run, []
+    if (limit == math.inf or is_on("ACCELERATE_USE_FSDP")) and not given.dry_run:
+        return given, []  # what FSDP shards is not simulated
+    cfg, encoding, codec = given, simulate_encoding(given, workload), simulate_vae(given, workload)
+    if given.fit is not None and encoding.peak * RESERVE + CONTEXT > limit:
+        cfg = dataclasses.replace(given, offload=True)
         encoding = simulate_encoding(cfg, workload)
     table = "{:>15} {:>11} {:>8} {:>20} {:>13}".format
     say(*[table("frozen weights", "recomputed", "offload", "simulated peak (GiB)", "with reserve")] * is_told)
     for option in list_choices(cfg, plan):
         phases = [encoding, *simulate_transformer(option, workload, codec)]
         peak = max(phase.peak for phase in phases)
-        options.append((peak * RESERVE + CONTEXT, option, phases))
-        names = describe_storage(option), option.recomputed, "yes" if option.offload else "no"
-        say(*[table(*names, f"{peak / GIB:.1f}", f"{options[-1][0] / GIB:.1f}")] * is_told)
-        if options[-1][0] <= limit < math.inf:
+        needed = peak * RESERVE + CONTEXT
+        options.append((needed, option, phases))
+        figures = "yes" if option.offload else "no", f"{peak / GIB:.1f}", f"{needed / GIB:.1f}"
+        say(*[table(option.storage, option.recomputed, *figures)] * is_told)
+        if needed <= limit < math.inf:
             break
     needed, option, phases = options[0] if limit == math.inf else min(options, key=lambda one: one[0])
     reason = f"{needed / GIB:.1f} of {limit / GIB:.1f} GiB, simulated, with reserve"
     remedy = "lower --resolution, --train_batch_size, or --rank, or use a GPU with more memory"
     require(needed <= limit or cfg.fit is None, f"--fit {cfg.fit}: nothing fits: {reason}; {remedy}")
     chosen = {name: value for name, value in vars(option).items() if value != getattr(given, name)}
-    flags = " ".join(f"--{name} {value}".replace(" True", "").lower() for name, value in chosen.items())
+    flags = " ".join(f"--{name} {value}".replace(" True", "") for name, value in chosen.items())
     say(*[f"memory: {reason}, with {flags or 'the given settings'}"] * (limit < math.inf))
-    if needed > limit:
-        say("warning: this may not fit; --fit auto can also quantize the weights")
+    say(*["warning: this may not fit; --fit auto can also quantize the weights"] * (needed > limit))
     return option, phases
 
 
@@ -2798,7 +2718,7 @@ def describe_costs(cfg: Config, workload: Workload, phases: list[Phase]) -> Iter
     """Yield what a run costs in memory and compute, and the size of the LoRA; nothing of it is measured."""
     transformer = make_simulated_transformer(cfg, workload)
     yield describe_lora(transformer, workload.layers, cfg).split(", over ")[0]
-    yield f"details for {describe_storage(cfg)} weights, recomputed blocks: {cfg.recomputed}"
+    yield f"details for {cfg.storage} weights, recomputed blocks: {cfg.recomputed}"
     table = "{:>15} {:>9} {:>28} {:>13} {:>13} {:>7}".format
     yield table("simulated, GiB", "weights", "LoRA, gradients, optimizer", "activations", "temporaries", "peak")
     for phase in phases:
@@ -2891,18 +2811,16 @@ def one_line(text: str) -> str:
 
 
 def open_repository(cfg: Config) -> str:
-    """Create the repository before training, so that a missing login is found now; returns its full name."""
+    """Create the repository before training, so that a missing login is found now; returns its full name.
+
+    A dry run asks only who is logged in.
+    """
     remedy = "check your network and login (`hf auth login` or --hub_token), or upload later without this flag"
     with explained(f"--push_to_hub: the repository {cfg.repository} cannot be created", remedy):
         hub = HfApi(token=cfg.hub_token)
+        if cfg.dry_run:
+            return hub.whoami()["name"]
         return hub.create_repo(cfg.repository, private=cfg.hub_private_repo or None, exist_ok=True).repo_id
-
-
-def describe_login(cfg: Config) -> Iterator[str]:
-    """Yield who is logged in to the Hub, if the run uploads there. Raises UserError if nobody is."""
-    if cfg.push_to_hub:
-        with explained("--push_to_hub: the Hub does not know you", "check `hf auth login` or --hub_token"):
-            yield f"Hub: logged in as {HfApi(token=cfg.hub_token).whoami()['name']}"
 
 
 def push(cfg: Config, repository: str) -> None:
@@ -3156,9 +3074,8 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     stop, model, last = StopRequest(given.max_train_minutes), find_model(given), plan.schedule.max_train_steps
     empty = make_empty_transformer(model)
     layers, shift = resolve_lora_layers(given.lora_layers, empty), read_timestep_shift(given, model)
-    check_sizes(given, plan.samples, empty)
     tokens = tokenize(needed_prompts(plan.samples, given), model, given.max_sequence_length)
-    check_lengths(tokens, empty)
+    check_positions(given, plan.samples, tokens, empty.config.axes_lens)
     bucket = max((sample.bucket for sample in plan.samples), key=math.prod)
     has_missing = any(not sample.digest for sample in plan.samples)
     workload = Workload(model, layers, bucket, max(map(len, tokens.values())), has_missing)
@@ -3168,9 +3085,10 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     if cfg.dry_run:
         if plan.checkpoint is not None:
             check_continuity(cfg, plan.checkpoint, make_binding(cfg, {}, plan))
-        with explained(f"--attention_backend {cfg.attention} does not work here"):
-            empty.set_attention_backend(cfg.attention)
-        say(*describe_costs(cfg, workload, phases), *disk, *describe_login(cfg))
+        with explained(f"--attention_backend {cfg.attention_backend} does not work here"):
+            empty.set_attention_backend(cfg.attention_backend)
+        say(*describe_costs(cfg, workload, phases), *disk)
+        say(*(f"Hub: logged in as {open_repository(cfg)}" for _ in range(cfg.push_to_hub)))
         return Path(cfg.output_dir, LORA_FILE)
     say(*(line for line in disk if line.startswith("warning")))
     encodings, peaks = Encodings(cfg, model, identify(model, cfg.variant)), {}
