@@ -1305,7 +1305,8 @@ def make_plan(cfg: Config) -> Plan:
     check_model(cfg)
     say(*advice(cfg))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with tempfile.TemporaryDirectory() if cfg.dry_run else contextlib.nullcontext(cfg.cache_dir) as cache_dir:
+    scratch = tempfile.TemporaryDirectory(prefix="z-image-") if cfg.dry_run else contextlib.nullcontext(cfg.cache_dir)
+    with scratch as cache_dir:
         cached = dataclasses.replace(cfg, cache_dir=cache_dir)
         with explained(f"the cache folder {cfg.encodings_folder} cannot be used", "choose another --cache_dir"):
             cached.encodings_folder.mkdir(parents=True, exist_ok=True)
