@@ -3141,9 +3141,9 @@ def test_rotation_keeps_damaged_checkpoints_and_comes_after_the_new_one_is_verif
     write, newest = z.write_file, tmp_path / "out" / "checkpoint-7"
     for spoiled in ("state.safetensors", "pytorch_lora_weights.safetensors"):
 
-        def lose(path, content, place=newest / spoiled):
+        def lose(path, *content, place=newest / spoiled):
             """Simulate a disk that loses writes."""
-            write(path, content)
+            write(path, *content)
             if path == place:
                 flip_a_bit(path)
 
@@ -4783,7 +4783,7 @@ def test_a_hub_that_cannot_be_reached_stops_the_run_before_it_starts(hub, workpl
     hub.env["HF_ENDPOINT"] = "http://127.0.0.1:1"
     done = run_with_hub(hub, workplace, model)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: --push_to_hub: the repository my-dog cannot be created: " in done.stderr
+    assert "error: --push_to_hub: the repository my-dog cannot be used: " in done.stderr
     assert "check your network and login (`hf auth login`" in done.stderr and not list(
         (workplace / "my-dog").glob("*.safetensors")
     )
@@ -5576,7 +5576,7 @@ def test_a_dry_run_reports_the_costs_and_writes_nothing(workplace, model):
     for bad, words in {
         "--lora_layers=to_x": "no linear layer matches to_x", "--rank=0": "--rank must be at least 1",
         "--instance_data_dir=none": "does not exist", "--resolution=65536": "is too large for this model",
-        "--push_to_hub": "--push_to_hub: the Hub does not know you", "--attention_backend=none": "does not work here",
+        "--push_to_hub": "z-image-dreambooth-lora cannot be used: Token is required", "--attention_backend=none": "does not work here",
     }.items():  # fmt: skip
         refused = run_script(*flags, bad, cwd=workplace, env=env)
         assert refused.returncode == 2 and words in refused.stderr, bad

@@ -1758,9 +1758,9 @@ class LeanLora(LoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer and its update. (..., K) -> (..., N)"""
-        a, b = self.lora_A["default"].weight.to(x.dtype), self.lora_B["default"].weight.to(x.dtype)  # (r, K), (N, r)
-        update = F.linear(F.linear(self.lora_dropout["default"](x), a), b)
-        return torch.add(self.base_layer(x), update, alpha=self.scaling["default"])
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight * self.scaling["default"]  # (r, K), (N, r)
+        update = F.linear(F.linear(self.lora_dropout["default"](x), a.to(x.dtype)), b.to(x.dtype))
+        return self.base_layer(x) + update
 
 
 LEAN = {RMSNorm: LeanRMSNorm, FeedForward: LeanFeedForward, LoraLayer: LeanLora}  # ours, for the same weights
@@ -2333,7 +2333,7 @@ def resume(run: Run) -> None:
         file = output / "metrics.jsonl"  # keep the steps that are done; drop an incomplete last line
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
-        write_file(file, *(match[0] for match in steps if match is not None and int(match[1]) <= step))
+        write_file(file, b"".join(match[0] for match in steps if match is not None and int(match[1]) <= step))
 
 
 def record_peak(peaks: dict[str, int], phase: str) -> None:
@@ -2817,7 +2817,7 @@ def open_repository(cfg: Config) -> str:
     A dry run asks only who is logged in.
     """
     remedy = "check your network and login (`hf auth login` or --hub_token), or upload later without this flag"
-    with explained(f"--push_to_hub: the repository {cfg.repository} cannot be created", remedy):
+    with explained(f"--push_to_hub: the repository {cfg.repository} cannot be used", remedy):
         hub = HfApi(token=cfg.hub_token)
         if cfg.dry_run:
             return hub.whoami()["name"]
