@@ -5576,7 +5576,8 @@ def test_a_dry_run_reports_the_costs_and_writes_nothing(workplace, model):
     for bad, words in {
         "--lora_layers=to_x": "no linear layer matches to_x", "--rank=0": "--rank must be at least 1",
         "--instance_data_dir=none": "does not exist", "--resolution=65536": "is too large for this model",
-        "--push_to_hub": "z-image-dreambooth-lora cannot be used: Token is required", "--attention_backend=none": "does not work here",
+        "--push_to_hub": "z-image-dreambooth-lora cannot be used: Token is required",
+        "--attention_backend=none": "does not work here",
     }.items():  # fmt: skip
         refused = run_script(*flags, bad, cwd=workplace, env=env)
         assert refused.returncode == 2 and words in refused.stderr, bad
@@ -5868,31 +5869,14 @@ def test_images_are_decoded_while_the_vae_works(bench_model, make_config, tmp_pa
     Accelerator(cpu=True)
     encodings, samples = encodings_of(cfg, bench_model), z.plan_samples(cfg)
 
-    class Now:
-        """An executor that works at once."""
-
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, work, *args):
-            """Do the work, and return its result."""
-            done = work(*args)
-            return type("Done", (), {"result": lambda self: done})()
-
-    def fill(executor):
+    def fill(load):
         shutil.rmtree(tmp_path / "cache" / "z-image-encodings" / "latents", ignore_errors=True)
         with monkeypatch.context() as patch:
-            patch.setattr(z, "ThreadPoolExecutor", executor)
+            patch.setattr(z, "load_ahead", load)
             z.fill_latents_cache(samples, encodings)
 
-    parallel = z.ThreadPoolExecutor
-    seconds = alternate(3, parallel=lambda: fill(parallel), serial=lambda: fill(Now))
+    parallel, serial = z.load_ahead, lambda load, jobs, count: itertools.starmap(load, jobs)
+    seconds = alternate(3, parallel=lambda: fill(parallel), serial=lambda: fill(serial))
     print(f"\nparallel / serial: {seconds['parallel'] / seconds['serial']:.2f}")
     assert seconds["parallel"] < seconds["serial"]
 
