@@ -1673,6 +1673,7 @@ def test_what_only_one_process_suffers_is_not_silent(make_config, monkeypatch, c
         ({"bnb_quantization_config_path": "nf4.json"}, {}, "FSDP does not support --bnb_quantization_config_path"),
         ({"use_8bit_adam": True}, {}, "FSDP does not support --use_8bit_adam"),
         ({"optimizer": "prodigy", "use_8bit_adam": True}, {}, "FSDP does not support --optimizer prodigy"),
+        ({"fit": "24"}, {}, "--fit does not know how FSDP shards the model; remove it"),
     ],
 )
 def test_what_fsdp_cannot_do_is_refused(changes, env, words, make_config, monkeypatch):
@@ -5417,6 +5418,23 @@ def test_a_full_size_step_needs_at_most(target, full_size):
     assert simulated(full_size, cfg, 1024).peak / z.GIB <= target
 
 
+def test_the_flops_of_a_step_and_the_host_memory(full_size):
+    """By hand: every product forward, backward to its input, and forward again if recomputed; all micro-batches."""
+    dim, hidden, caption = 3840, 10240, 128
+    for side, changes, passes, attention_passes in (
+        (512, {"gradient_checkpointing": False}, 2, 3),
+        (1024, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "offload": True}, 2 * 3, 2 * 4),
+    ):
+        cfg, image = dataclasses.replace(BF16, rank=16, **ATTENTION_LORA, **changes), (side // 16) ** 2
+        report = "\n".join(z.describe_costs(cfg, workload_of(full_size, cfg, side, tokens=caption), []))
+        lengths = [image + caption] * 30 + [image, caption] * 2  # main blocks, refiners
+        linear = 2 * (4 * dim**2 + 3 * dim * hidden) * sum(lengths)
+        attention = 4 * dim * sum(length**2 for length in lengths)
+        expected = (passes * linear + attention_passes * attention) / 1e12
+        assert float(re.search(r"compute: ([\d.]+) TFLOP", report)[1]) == pytest.approx(expected, rel=0.01)
+        assert float(re.search(r"host memory: about ([\d.]+) GiB", report)[1]) > 7.3, "the text encoder in bf16"
+
+
 def test_a_card_of_8_gb_can_train(full_size):
     """nf4, 1024 pixels, validation, and offloaded encoders: every phase below 7 GiB, encoding below 1."""
     cfg = dataclasses.replace(
@@ -5617,6 +5635,31 @@ def test_the_simulation_does_not_depend_on_the_device(model, make_config, monkey
         found[str(device)] += z.simulate_transformer(cfg, work, z.simulate_vae(cfg, work))
     assert found["cpu"] == found["cpu:0"] == found["cuda:0"]
     assert [phase.name for phase in found["cpu"][3:]] == ["class images", "latents", "training", "validation"]
+
+
+def test_the_vae_stays_where_latents_are_not_cached(model, make_config):
+    """It is part of the training, and works on whole batches; without a cache, there is no phase of its own."""
+    found, bucket = {}, 128
+    for is_cached in (True, False):
+        cfg = make_config(cache_latents=is_cached, train_batch_size=4, resolution=bucket)
+        work = workload_of(model, cfg, bucket)
+        codec = z.simulate_vae(cfg, work)
+        found[is_cached] = codec[0], {phase.name: phase for phase in z.simulate_transformer(cfg, work, codec)}
+    (alone, cached), (batch, plain) = found[True], found[False]
+    assert "latents" in cached and "latents" not in plain
+    assert plain["training"].weights == cached["training"].weights + alone.weights
+    assert batch.temporaries > 3 * alone.temporaries
+    assert plain["training"].peak >= plain["training"].weights + plain["training"].state + batch.temporaries
+
+
+def test_images_are_decoded_one_at_a_time(model, make_config):
+    """Of a batch of class images, the VAE gets each on its own."""
+    cfg = make_config()
+    encodings, sizes = (Accelerator(cpu=True), encodings_of(cfg, model))[1], []
+    z.fill_prompts_cache(tokens_of(model, ["a", ""]), encodings)
+    pipeline = z.make_pipeline(z.load_transformer(model, cfg, torch.float32), encodings)
+    pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    assert len(z.sample_images(pipeline, encodings, [("a", 0), ("a", 1)], 32)) == 2 and sizes == [1, 1]
 
 
 def test_class_images_in_fp32_need_twice_as_much(model, make_config):
