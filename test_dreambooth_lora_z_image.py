@@ -5591,6 +5591,9 @@ def test_a_dry_run_reports_the_costs_and_writes_nothing(workplace, model):
         "memory: 0.5 of 24.0 GiB, simulated, with reserve, with --checkpoint_blocks none",
     ):  # fmt: skip
         assert words in done.stdout, words
+    listed = run_script(*(flag for flag in flags if flag != "--fit=24"), cwd=workplace, env=env)
+    rows = re.findall(r"^ *(bf16|fp8|nf4) +(none|attention|all) ", listed.stdout, re.M)
+    assert listed.returncode == 0 and rows == LADDER, listed.stderr[-2000:]  # with packages that the flags do not need
     for bad, words in {
         "--lora_layers=to_x": "no linear layer matches to_x", "--rank=0": "--rank must be at least 1",
         "--instance_data_dir=none": "does not exist", "--resolution=65536": "is too large for this model",
