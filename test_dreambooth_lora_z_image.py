@@ -1843,7 +1843,8 @@ def test_pixels_are_cropped_and_mirrored(tmp_path):
     wide = Image.new("RGB", (96, 32), (0, 0, 0))
     wide.paste(RED, (0, 0, 32, 32))
     wide.save(tmp_path / "x.png")
-    s = z.Sample(tmp_path / "x.png", (32, 96), (32, 32), "p", False, False)
+    digest = z.sha256((tmp_path / "x.png").read_bytes())
+    s = z.Sample(tmp_path / "x.png", (32, 96), (32, 32), "p", False, False, digest)
     left = z.load_pixels(s, False, (0.0, 0.5))
     assert left.min() == -1 and left[0].min() == 1 and left.shape == (3, 32, 32)
     assert z.load_pixels(s, False, (1.0, 0.5)).max() == -1
