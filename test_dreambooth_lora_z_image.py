@@ -3028,6 +3028,7 @@ DAMAGES = {
     ),
     "endless steps": lambda folder: sign(folder, '{"step": Infinity}'),
     "no steps": lambda folder: sign(folder, "[]"),
+    "no binding": lambda folder: sign(folder, '{"step": 3, "binding": null}'),
 }
 
 
