@@ -2825,10 +2825,7 @@ def one_line(text: str) -> str:
 
 
 def open_repository(cfg: Config) -> str:
-    """Create the repository before training, so that a missing login is found now; returns its full name.
-
-    A dry run asks only who is logged in.
-    """
+    """Create the repository before training and return its full name; in a dry run, only the name of the user."""
     remedy = "check your network and login (`hf auth login` or --hub_token), or upload later without this flag"
     with explained(f"--push_to_hub: the repository {cfg.repository} cannot be used", remedy):
         hub = HfApi(token=cfg.hub_token)
@@ -3102,7 +3099,8 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
         with explained(f"--attention_backend {cfg.attention_backend} does not work here"):
             empty.set_attention_backend(cfg.attention_backend)
         say(*describe_costs(cfg, workload, phases), *disk)
-        say(*(f"Hub: logged in as {open_repository(cfg)}" for _ in range(cfg.push_to_hub)))
+        if cfg.push_to_hub:
+            say(f"Hub: logged in as {open_repository(cfg)}")
         return Path(cfg.output_dir, LORA_FILE)
     say(*(line for line in disk if line.startswith("warning")))
     encodings, peaks = Encodings(cfg, model, identify(model, cfg.variant)), {}
