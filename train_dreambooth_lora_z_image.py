@@ -334,6 +334,7 @@ class Config:
     compile: bool = flag(False, "Compile the blocks with torch.compile; the first steps take minutes.")
     attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, _native_cudnn, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
+    deterministic: bool = flag(False, "Use kernels that repeat a run exactly on a GPU; attention is slower.")
     allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
     dataloader_num_workers: int = flag(2, "Number of batches that are loaded ahead, each in a thread.", at_least=0)
     fsdp_text_encoder: bool = flag(False, "Accepted for compatibility; has no effect.")
@@ -1691,13 +1692,13 @@ def multiply_fp8(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: T
     return F.scaled_mm(left, right, left_scale, by_row, right_scale, by_row, output_dtype=torch.bfloat16)
 
 
-def dequantize(weight: Tensor) -> Tensor:
+def dequantize(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Dequantize a torchao or bitsandbytes weight. -> (N, K)"""
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)
-    return weight.dequantize()
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return (weight.data * (weight.SCB / 127)[:, None] if hasattr(weight, "SCB") else weight.dequantize()).to(dtype)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -1709,8 +1710,7 @@ class FrozenProduct(torch.autograd.Function):
         has_fp8_products &= x.shape[:-1].numel() >= MIN_FP8_ROWS
         ctx.weight, ctx.has_fp8_products, ctx.dtype = weight, has_fp8_products, x.dtype
         if not has_fp8_products:
-            restored = dequantize(weight)
-            return F.linear(x.to(restored.dtype), restored)
+            return F.linear(x, dequantize(weight, x.dtype))
         rows, rows_scale = to_fp8(x.flatten(0, -2))
         product = multiply_fp8(rows, weight.qdata.t(), rows_scale, weight.scale.t())
         return product.to(weight.dtype).unflatten(0, x.shape[:-1])
@@ -1720,7 +1720,7 @@ class FrozenProduct(torch.autograd.Function):
         """Compute the gradient of the input; the weight has none. (..., N) -> (..., K)"""
         weight = ctx.weight
         if not ctx.has_fp8_products:
-            return (gradient @ dequantize(weight)).to(ctx.dtype), None, None
+            return gradient @ dequantize(weight, ctx.dtype), None, None
         rows, rows_scale = to_fp8(gradient.flatten(0, -2) * weight.scale.t())  # W's scales run along the summed axis
         turned = weight.qdata.t().contiguous().t()  # column-major, as the product requires
         product = multiply_fp8(rows, turned, rows_scale, torch.ones(1, weight.shape[1], device=weight.device))
@@ -1850,7 +1850,7 @@ def freeze_quantized(transformer: ZImageTransformer2DModel, cfg: Config) -> None
     """Make quantized layers FrozenLinear, whichever library has quantized them."""
     for module in transformer.modules():
         weight = module.weight if isinstance(module, nn.Linear) else None
-        if hasattr(weight, "qdata") or hasattr(weight, "quant_state"):  # torchao's, or bitsandbytes' in 4 bits
+        if any(hasattr(weight, name) for name in ("qdata", "quant_state", "SCB")):  # torchao, bnb 4 and 8 bits
             fits = all(side % 16 == 0 for side in weight.shape)  # fp8 matmuls require it
             module.__class__, module.has_fp8_products = FrozenLinear, cfg.do_fp8_training and fits
 
@@ -2578,19 +2578,14 @@ def quantize_simulated(transformer: nn.Module, cfg: Config) -> None:
     freeze_quantized(transformer, cfg)
 
 
-def allocate_state(parameters: list[nn.Parameter], cfg: Config) -> Any:
-    """Make AdamW with its state; of other optimizers, whose steps need real values, tensors of the state's size."""
+def allocate_state(parameters: list[nn.Parameter], cfg: Config) -> list[Tensor]:
+    """Allocate what an optimizer keeps: tensors of the size of its state."""
     if cfg.optimizer == "prodigy":  # s, two moments, and the initial value of what is not zero
         return [torch.empty(p.numel() * (3 + (p.shape[0] == cfg.rank))) for p in parameters]
     if cfg.has_8bit_state:  # two moments in 8 bits and a scale for 256 values, or in fp32 if they are small
         sizes = [8 * n if n < 4096 else 2 * n + 8 * math.ceil(n / 256) for n in (p.numel() for p in parameters)]
         return [torch.empty(size, dtype=torch.uint8) for size in sizes]
-    optimizer = make_optimizer(parameters, cfg)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
+    return [torch.empty(2 * parameter.numel()) for parameter in parameters]
 
 
 def make_simulated_transformer(cfg: Config, workload: Workload) -> nn.Module:
@@ -2643,7 +2638,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         lora = sum(parameter.nbytes for parameter in parameters)
         weights = memory.restart() - lora
-        optimizer = allocate_state(parameters, cfg)
+        optimizer_state = allocate_state(parameters, cfg)
         batch = make_empty_batch(cfg.train_batch_size, workload.bucket, workload.tokens, transformer)
         state, activations = memory.restart() - weights, 0
         for _ in range(min(2, cfg.gradient_accumulation_steps)):  # from the second on, gradients stay
@@ -2653,8 +2648,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
             loss.backward()
             del loss
         torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            optimizer.step()
+        del optimizer_state
         state += lora  # gradients, which grow while activations shrink
         activations = min(activations, memory.peak - weights - state)
         others, vae = memory.peak - weights - state - activations, 0
@@ -2997,6 +2991,9 @@ def make_accelerator(cfg: Config) -> Accelerator:
     started, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
     require(int(started) == seen, f"accelerate sees {seen} of {started} processes; torch must see a GPU for each")
     torch.set_float32_matmul_precision("high" if cfg.allow_tf32 else "highest")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it of deterministic runs
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     return accelerator
 
 
