@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import gc
 import http.server
 import itertools
@@ -218,7 +219,7 @@ def broken_house_rules(source):
 
 def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
-    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3160
+    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3300
     assert "from __future__" not in source
     assert re.findall(r"\bprint\(.*", source) == [
         "print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)"
@@ -2348,6 +2349,7 @@ def make_batch(size=2, side=4, is_prior=False, length=9, dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
     return z.Batch(
         seeds=list(range(size)),
+        quantiles=[(1 + number) / (1 + size) for number in range(size)],
         latents=torch.randn(size, 16, side, side + 2, generator=generator),
         prompt_embeds=[torch.randn(length + 20 * n, 32, generator=generator).to(dtype) for n in range(size)],
         is_prior=torch.full((size,), is_prior),
@@ -2460,9 +2462,9 @@ def stored_tensors(layer):
     )
 
 
-def restored(layer):
+def restored(layer, dtype=torch.bfloat16):
     """Return a quantized weight as its matmul uses it."""
-    return z.dequantize(layer.weight, torch.bfloat16)
+    return z.dequantize(layer.weight, dtype)
 
 
 @pytest.mark.parametrize("name", STORAGES)
@@ -2492,7 +2494,7 @@ def test_gradients_of_quantized_layers(name, model, make_config, fp8_for_few_row
     """Exact for stored weights, up to fp8's rounding for fp8 products; with checkpointing the same."""
     changes, _ = STORAGES[name]
     layer = frozen_layers(z.load_transformer(model, make_config(**changes), torch.float32))["layers.0.attention.to_q"]
-    weight = restored(layer)
+    weight = restored(layer, torch.float32)
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     product = layer(x)
     product.backward(torch.cos(product.detach()), retain_graph=True)
@@ -2830,11 +2832,14 @@ def test_captions_must_match_images():
 
 
 def sigmas_of(make_config, shift=1.0, count=2000, **changes):
-    """Sample many noise levels."""
-    return z.sample_sigmas(list(range(count)), make_config(**changes), shift)
+    """The noise levels of the first examples."""
+    cfg = make_config(**changes)
+    return z.noise_levels([z.sample_quantile(cfg, number) for number in range(count)], cfg, shift)
 
 
-def test_noise_levels(make_config):
+@pytest.mark.parametrize("stratified", [False, True])
+def test_noise_levels(stratified, make_config):
+    make_config = functools.partial(make_config, stratified_noise=stratified)
     middle = sigmas_of(make_config)
     assert abs(middle.mean() - 0.5) < 0.02 and abs(((middle < 0.2).float().mean()) - 0.08) < 0.02
     assert len(middle.unique()) > 1990, "noise levels must be continuous"
@@ -2850,6 +2855,53 @@ def test_noise_levels(make_config):
     assert torch.allclose(shifted[uniform > 1e-3], z.shift_sigmas(uniform[uniform > 1e-3], 3.0))
     assert abs((shifted > 0.8).float().mean() - 0.43) < 0.04
     assert torch.equal(sigmas_of(make_config, count=10), middle[:10]), "a level depends on its example alone"
+
+
+def test_noise_levels_are_those_of_the_paper(make_config):
+    """Quantiles of both distributions, from a million samples by diffusers."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    quantiles = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    for scheme, mean, std, scale in (
+        ("logit_normal", 0.5, 0.8, 1.0),
+        ("mode", 0.0, 1.0, 0.8),
+        ("none", 0.0, 1.0, 1.0),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        density = compute_density_for_timestep_sampling(scheme, 10**6, mean, std, scale, generator=generator)
+        cfg = make_config(weighting_scheme=scheme, logit_mean=mean, logit_std=std, mode_scale=scale)
+        levels = z.noise_levels(quantiles.tolist(), cfg, 1.0).sort().values  # mode turns them around
+        assert torch.allclose(levels, density.double().quantile(quantiles).float(), atol=3e-3), scheme
+
+
+def test_stratified_noise_covers_all_levels_in_every_window(make_config):
+    """Of any 8 examples in a row, the quantiles are never far apart; independent ones leave large gaps."""
+    gaps = {}
+    for stratified in (True, False):
+        cfg = make_config(stratified_noise=stratified)
+        quantiles = [z.sample_quantile(cfg, number) for number in range(1000)]
+        windows = [sorted([0.0, *quantiles[start : start + 8], 1.0]) for start in range(990)]
+        gaps[stratified] = max(b - a for window in windows for a, b in itertools.pairwise(window))
+    assert gaps[True] < 0.25 and gaps[False] > 0.5, gaps
+    starts = {z.sample_quantile(make_config(seed=seed), 0) for seed in range(20)}
+    assert len(starts) == 20 and max(starts) - min(starts) > 0.5, "the sequence starts anywhere"
+
+
+def test_prompts_are_dropped_for_a_share_of_the_instance_examples(make_config):
+    cfg = make_config(caption_dropout=0.1)
+    kept = [z.choose_prompt(sample(0), cfg, number) == sample(0).prompt for number in range(2000)]
+    assert 0.08 < 1 - sum(kept) / 2000 < 0.12
+    assert all(z.choose_prompt(sample(0, is_prior=True), cfg, number) for number in range(100))
+    assert "" in z.needed_prompts([sample(0)], cfg) and "" not in z.needed_prompts([sample(0)], make_config())
+
+
+def test_the_trigger_word_is_in_every_caption(images, make_config):
+    for number, caption in enumerate(("a [trigger] in a box, [trigger]", "one sks dog", "a dog", "")):
+        (images / f"{number}.txt").write_text(caption)
+    samples = z.plan_samples(make_config(trigger_word="sks", instance_prompt="a photo"))
+    expected = ["a sks in a box, sks", "one sks dog", "sks a dog", "sks", "a photo"]
+    assert [sample.prompt for sample in samples] == expected, "the prompt of the command is left as it is"
+    assert z.plan_samples(make_config(instance_prompt="p"))[0].prompt == "a [trigger] in a box, [trigger]"
 
 
 def test_shift_is_the_schedulers(model, make_config, tmp_path):
@@ -4947,6 +4999,8 @@ OBSERVED = {
     "lora_alpha": (lambda cfg: cfg.lora_scale, 2.0, 4.0, {}),
     "lora_dropout": (lora_of, 0.0, 0.5, {}),
     "lora_layers": (lora_of, "to_q", "to_k", {}),
+    "stratified_noise": (trained, True, False, {}),
+    "caption_dropout": (trained, 0.0, 0.9, {}),
     "timestep_shift": (schedule_of, "1", "scheduler", {}),
     "optimizer": (optimizer_group, "adamw", "prodigy", {}),
     "learning_rate": (optimizer_group, 0.1, 0.2, {}),
@@ -4985,6 +5039,7 @@ OBSERVED = {
 
 # flags whose difference a test of their own shows
 SHOWN = {
+    "trigger_word": "test_the_trigger_word_is_in_every_caption",
     "pretrained_model_name_or_path": "test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise",
     "instance_data_dir": "test_two_processes_follow_the_curve_of_one",
     "dataset_name": "test_dataset_folder",

@@ -265,6 +265,8 @@ class Config:
     aspect_ratio_buckets: str | None = flag(None, "Explicit buckets: 'height,width;height,width;...'.")
     center_crop: bool = flag(False, "Crop at the center instead of at a random position.")
     random_flip: bool = flag(False, "Flip images horizontally with probability 0.5.")
+    trigger_word: str | None = flag(None, "Word put in place of [trigger], or before any caption that lacks it.")
+    caption_dropout: float = flag(0.0, "Share of instance examples with an empty prompt.", at_least=0, below=1)
     with_prior_preservation: bool = flag(False, "Also train on class images, to preserve the model's prior.")
     class_data_dir: str | None = flag(None, "Folder of class images; missing ones are generated there.")
     class_prompt: str | None = flag(None, "Prompt for the class images.")
@@ -284,6 +286,7 @@ class Config:
     logit_mean: float = flag(0.0, "Mean for logit_normal; above 0 means more noise.")
     logit_std: float = flag(1.0, "Standard deviation for logit_normal.", above=0)
     mode_scale: float = flag(1.29, "Scale for weighting scheme mode.")
+    stratified_noise: bool = flag(True, "Spread the noise levels of successive examples evenly.")
     timestep_shift: str = flag("1", "Shift s of noise levels, s x / (1 + (s - 1) x); 'scheduler' uses the model's.")
     prior_loss_weight: float = flag(1.0, "Weight of a class image relative to an instance image.", at_least=0)
 
@@ -852,6 +855,9 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
             skipped.append(f"warning: {error}; skipped")
             continue
         caption = captions.get(path) if texts[path] is None else read_text(texts[path]).strip()
+        if caption is not None and cfg.trigger_word is not None and not is_prior:
+            caption = caption.replace("[trigger]", cfg.trigger_word)
+            caption = caption if cfg.trigger_word in caption else f"{cfg.trigger_word} {caption}".strip()
         text = prompt if caption is None else caption
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
@@ -861,9 +867,9 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
 
 
 def trained_prompt(cfg: Config, samples: list[Sample]) -> str | None:
-    """Return `--instance_prompt` if any image is trained with it."""
+    """Return `--instance_prompt` if any image is trained with it, or else `--trigger_word`."""
     is_used = any(not sample.has_caption and not sample.is_prior for sample in samples)
-    return cfg.instance_prompt if is_used else None
+    return cfg.instance_prompt if is_used else cfg.trigger_word
 
 
 def plan_samples(cfg: Config) -> list[Sample]:
@@ -1000,7 +1006,7 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         files = [str(sample.path) for sample in sorted(small, key=lambda sample: math.prod(sample.size))]
         notes += [f"upscaled to {name}: {', '.join(files[:5])}{', ...' * (len(files) > 5)}"] * bool(files)
     notes += ["the run is shorter than one epoch: not every image will be seen"] * is_short[False]
-    is_unused = cfg.instance_prompt != trained_prompt(cfg, samples)
+    is_unused = cfg.instance_prompt not in (None, trained_prompt(cfg, samples))
     notes += ["--instance_prompt is not used: every image has its own caption"] * is_unused
     processes, accumulation = size // cfg.train_batch_size, cfg.gradient_accumulation_steps
     product = f"batch {cfg.train_batch_size} x processes {processes} x accumulation {accumulation}"
@@ -1268,7 +1274,7 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
         "seed", "rank", "lora_layers", "lora_dropout", "optimizer", "resolution", "repeats", "center_crop",
         "random_flip", "cache_latents", "max_sequence_length", "gradient_accumulation_steps", "mixed_precision",
         "quantization", "do_fp8_training", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
-        "timestep_shift", "prior_loss_weight",
+        "stratified_noise", "timestep_shift", "prior_loss_weight", "caption_dropout",
     )  # fmt: skip
     uses = [json.dumps((sample.digest, sample.bucket, sample.prompt, sample.is_prior)) for sample in plan.samples]
     images = [f"{sha256(use.encode())} {sample.path.name}" for use, sample in zip(uses, plan.samples)]
@@ -1360,7 +1366,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_z_image import FeedForward, ZImageTransformerBlock
 from diffusers.optimization import get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
-from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling, free_memory
+from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.training_utils import compute_loss_weighting_for_sd3 as loss_weights
 from diffusers.utils import logging as diffusers_logging, make_image_grid
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
@@ -1397,7 +1403,8 @@ CENTER = (0.5, 0.5)
 class Batch(NamedTuple):
     """One micro-batch of one process, on its device."""
 
-    seeds: list[int]  # of the noise and the noise level of each example
+    seeds: list[int]  # of the noise of each example
+    quantiles: list[float]  # of the noise levels, from 0 to 1
     latents: Tensor  # (B, 16, h, w) in fp32
     prompt_embeds: list[Tensor]  # B of (L_i, 2560)
     is_prior: Tensor  # (B,) of bool
@@ -1549,6 +1556,22 @@ def sample_augmentation(cfg: Config, number: int) -> tuple[bool, tuple[float, fl
     return is_flipped and cfg.random_flip, CENTER if cfg.center_crop else centering
 
 
+def sample_quantile(cfg: Config, number: int) -> float:
+    """Choose where the noise level of an example lies in the distribution of levels, from 0 to 1.
+
+    Stratified, successive quantiles advance by the golden ratio, modulo 1. This sequence has the lowest discrepancy in
+    one dimension (Niederreiter 1992, chapter 3): any few examples in a row cover all levels evenly.
+    """
+    start = random.Random(derive_seed(cfg.seed, "sigma", 0 if cfg.stratified_noise else number)).random()
+    return (start + number * (math.sqrt(5) - 1) / 2) % 1 if cfg.stratified_noise else start
+
+
+def choose_prompt(sample: Sample, cfg: Config, number: int) -> str:
+    """Choose the prompt of an example: that of its image or, for a share of the instance images, an empty one."""
+    is_dropped = random.Random(derive_seed(cfg.seed, "caption", number)).random() < cfg.caption_dropout
+    return "" if is_dropped and not sample.is_prior else sample.prompt
+
+
 def load_pixels(sample: Sample, is_flipped: bool, centering: tuple[float, float] = CENTER) -> Tensor:
     """Load an image scaled to cover its bucket, cropped, and possibly flipped. -> (3, H, W) in [-1, 1]"""
     height, width = sample.bucket
@@ -1652,9 +1675,13 @@ def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodi
                 images.append(load_file(encodings.latents(sample, is_flipped))["latents"])
             else:
                 images.append(load_pixels(sample, is_flipped, centering))
-            prompt_embeds.append(load_file(encodings.prompt(sample.prompt))["prompt_embeds"])
-    seeds, names = [derive_seed(cfg.seed, "noise", number) for number, _ in examples], [str(s.path) for s in chosen]
-    return Batch(seeds, torch.stack(images), prompt_embeds, torch.tensor([s.is_prior for s in chosen]), names)
+            prompt_embeds.append(load_file(encodings.prompt(choose_prompt(sample, cfg, number)))["prompt_embeds"])
+    return Batch(
+        seeds=[derive_seed(cfg.seed, "noise", number) for number, _ in examples],
+        quantiles=[sample_quantile(cfg, number) for number, _ in examples],
+        latents=torch.stack(images), prompt_embeds=prompt_embeds,
+        is_prior=torch.tensor([sample.is_prior for sample in chosen]), names=[str(sample.path) for sample in chosen],
+    )  # fmt: skip
 
 
 def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iterator[Batch]:
@@ -2016,16 +2043,18 @@ def read_timestep_shift(cfg: Config, model: Path) -> float:
     return settings["shift"]
 
 
-def sample_sigmas(seeds: list[int], cfg: Config, shift: float) -> Tensor:
-    """Sample continuous noise levels, 1 being pure noise, each from its example's seed. -> (B,)
+def noise_levels(quantiles: list[float], cfg: Config, shift: float) -> Tensor:
+    """Map quantiles to continuous noise levels, 1 being pure noise. -> (B,)
 
     The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
     so a positive logit_mean means more noise. Levels are clamped to at least 1/1000: sigma_sqrt divides by them.
     """
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "sigma")) for seed in seeds]
-    density = (cfg.weighting_scheme, 1, cfg.logit_mean, cfg.logit_std, cfg.mode_scale)
-    levels = [compute_density_for_timestep_sampling(*density, generator=generator) for generator in generators]
-    return shift_sigmas(torch.cat(levels), shift).clamp(1e-3, 1.0)
+    levels = torch.tensor(quantiles, dtype=torch.float64)  # of the uniform distribution
+    if cfg.weighting_scheme == "logit_normal":
+        levels = (cfg.logit_mean + cfg.logit_std * torch.special.ndtri(levels)).sigmoid()
+    elif cfg.weighting_scheme == "mode":
+        levels = 1 - levels - cfg.mode_scale * ((math.pi / 2 * levels).cos() ** 2 - 1 + levels)
+    return shift_sigmas(levels, shift).clamp(1e-3, 1.0).float()
 
 
 def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -2054,7 +2083,7 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: floa
     """Compute the loss of a batch: add noise, predict the velocity, compare it with the target. -> scalar"""
     latents = batch.latents  # (B, 16, h, w)
     noise = sample_noise(batch.seeds, latents.shape[1:]).to(latents.device)  # (B, 16, h, w)
-    sigmas = sample_sigmas(batch.seeds, cfg, shift).to(latents.device)  # (B,)
+    sigmas = noise_levels(batch.quantiles, cfg, shift).to(latents.device)  # (B,)
     noisy_latents = mix_noise(latents, noise, sigmas).to(DTYPES[cfg.mixed_precision])  # (B, 16, h, w)
     velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
     target = noise - latents  # d noisy_latents / d sigma
@@ -2163,7 +2192,7 @@ def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
                 loss = training_loss(run.transformer, batch, cfg, run.shift)
                 accelerator.backward(loss)
             losses.append(loss.detach())
-            seen += zip(batch.names, batch.seeds)
+            seen += zip(batch.names, batch.quantiles)
         if len(losses) < cfg.gradient_accumulation_steps:
             return  # the weights have not changed; a resumed run repeats these batches
         loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
@@ -2242,11 +2271,11 @@ def make_learning_rate(cfg: Config, schedule: Schedule) -> Callable[[int], float
     return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
-def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[str, int]], skipped: int) -> bool:
+def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[str, float]], skipped: int) -> bool:
     """Tell whether a step's metrics are finite. Raises FloatingPointError, naming the images, unless told to skip."""
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         return True
-    sigmas = sample_sigmas([seed for _, seed in seen], run.cfg, run.shift)
+    sigmas = noise_levels([quantile for _, quantile in seen], run.cfg, run.shift)
     examples = ", ".join(gather_object([f"{name} at sigma {sigma:.3f}" for (name, _), sigma in zip(seen, sigmas)]))
     problem = f"step {metrics['step']}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, for "
     if run.cfg.on_nan == "skip" and skipped < 10:
@@ -2437,7 +2466,7 @@ def needed_prompts(samples: list[Sample], cfg: Config) -> list[str]:
     sampled = [*validation_prompts(cfg, is_final=False), *validation_prompts(cfg, is_final=True)]
     sampled += [sample.prompt for sample in samples if not sample.digest]
     negative = [cfg.negative_prompt] * bool(sampled and cfg.guidance_scale)
-    return [*(sample.prompt for sample in samples), *sampled, *negative]
+    return [*(sample.prompt for sample in samples), *[""] * (cfg.caption_dropout > 0), *sampled, *negative]
 
 
 def validation_folder(cfg: Config, step: int) -> Path:
@@ -2599,7 +2628,7 @@ def make_empty_batch(size: int, bucket: tuple[int, int], tokens: int, transforme
     """Make a batch without content."""
     embeds = [torch.empty(tokens, transformer.config.cap_feat_dim, dtype=transformer.dtype) for _ in range(size)]
     latents, is_prior = torch.empty(size, 16, bucket[0] // 8, bucket[1] // 8), torch.zeros(size, dtype=torch.bool)
-    return Batch([0] * size, latents, embeds, is_prior, [""] * size)
+    return Batch([0] * size, [0.5] * size, latents, embeds, is_prior, [""] * size)
 
 
 def simulate_encoding(cfg: Config, workload: Workload) -> Phase:
@@ -2657,7 +2686,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
         phases = [Phase("training", weights + vae, state, activations, others)]
         for parameter in parameters:
             parameter.grad = None
-        is_validated, side = bool(needed_prompts([], cfg)), cfg.validation_resolution or cfg.training_side
+        is_validated, side = bool({*needed_prompts([], cfg)} - {""}), cfg.validation_resolution or cfg.training_side
         ratio = DTYPES[cfg.prior_generation_precision].itemsize / transformer.dtype.itemsize
         kinds = [("class images", cfg.sample_batch_size, 0, ratio)] * workload.has_missing
         for name, images, held, factor in kinds + [("validation", 1, state - lora, 1)] * is_validated:
