@@ -762,7 +762,7 @@ def test_config_refuses(changes, words, make_config):
         ({"lr_warmup_steps": 100}, "constant_with_warmup"),
         ({"lr_warmup_steps": 2, "lr_scheduler": "linear"}, "--lr_warmup_steps 2 covers the whole run"),
         ({"optimizer": "prodigy"}, "--learning_rate 0.01 is low for Prodigy"),
-        ({"class_prompt": "dog"}, "--with_prior_preservation"),
+        ({"class_prompt": "dog"}, "have no effect without --prior_preservation"),
         (
             {"final_validation_prompt": "a", "validation_prompt": ("b",)},
             "--final_validation_prompt has no effect with",
@@ -2352,7 +2352,7 @@ def make_batch(size=2, side=4, is_prior=False, length=9, dtype=torch.float32):
         quantiles=[(1 + number) / (1 + size) for number in range(size)],
         latents=torch.randn(size, 16, side, side + 2, generator=generator),
         prompt_embeds=[torch.randn(length + 20 * n, 32, generator=generator).to(dtype) for n in range(size)],
-        is_prior=torch.full((size,), is_prior),
+        is_prior=[is_prior] * size,
         names=[f"{number}.png" for number in range(size)],
     )
 
@@ -2934,13 +2934,50 @@ def test_class_images_count_by_their_weight(make_config):
     oracle = Oracle(torch.zeros_like(batch.latents))
 
     def loss(is_prior, weight):
-        marked = batch._replace(is_prior=torch.tensor(is_prior))
+        marked = batch._replace(is_prior=is_prior)
         return z.training_loss(oracle, marked, make_config(prior_loss_weight=weight), 1.0)
 
     full = loss([False, False, False], 0.3)
     assert torch.isclose(loss([True, True, True], 0.3), 0.3 * full)
     alone = [loss([n != m for n in range(3)], 0.0) for m in range(3)]
     assert torch.isclose(sum(alone), full) and loss([True, False, True], 1.0) == full
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_base_model_is_the_target_of_preservation(quantization, model, make_config):
+    """Nothing to learn at first; then the pull back to the base model, computed here with a model of its own."""
+    cfg = make_config(prior_preservation="base", class_prompt="dog", quantization=quantization)
+    transformer, parameters = with_lora(model, cfg)
+    batch = make_batch(2)._replace(is_prior=[True, True])
+    assert z.training_loss(transformer, batch, cfg, 1.0).item() == 0
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.1
+    loss = z.training_loss(transformer, batch, cfg, 1.0)
+    base = z.load_transformer(model, cfg, torch.float32).requires_grad_(False)
+    noise = z.sample_noise(batch.seeds, batch.latents.shape[1:])
+    sigmas = z.noise_levels(batch.quantiles, cfg, 1.0)
+    with torch.no_grad():
+        noisy = z.mix_noise(batch.latents, noise, sigmas)
+        here, there = (z.predict_velocity(one, noisy, sigmas, batch.prompt_embeds) for one in (transformer, base))
+    assert loss.item() == pytest.approx((here - there).square().mean().item(), rel=1e-4) and loss.item() > 1e-4
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in parameters)
+    instance = batch._replace(is_prior=[False, False])
+    plain = z.training_loss(transformer, instance, make_config(quantization=quantization), 1.0)
+    assert torch.equal(z.training_loss(transformer, instance, cfg, 1.0), plain), "instance images learn as before"
+
+
+def test_preservation_by_the_base_model_puts_the_class_in_place_of_the_trigger(images, make_config):
+    (images / "0.txt").write_text("a sks dog in a box")
+    cfg = make_config(prior_preservation="base", class_prompt="dog", trigger_word="sks dog", instance_prompt="photo")
+    samples = z.plan_samples(cfg)
+    assert [one.prompt for one in samples if one.is_prior] == ["a dog in a box", *["dog"] * 4]
+    assert [one.digest for one in samples if one.is_prior] == [one.digest for one in samples if not one.is_prior]
+    samples = z.plan_samples(dataclasses.replace(cfg, trigger_word=None))
+    assert {one.prompt for one in samples if one.is_prior} == {"dog"}
+    with pytest.raises(UserError, match="--prior_preservation base requires --class_prompt"):
+        make_config(prior_preservation="base")
 
 
 def test_noise_follows_from_the_seed_of_the_example_alone():
@@ -3011,6 +3048,7 @@ EXACT = {
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
     "bf16": {"mixed_precision": "bf16", "lora_alpha": 3.0},
     "8-bit Adam, 8-bit weights": {"use_8bit_adam": True, "rank": 64, "quantization": "int8"},
+    "base model as prior, captions": {"prior_preservation": "base", "class_prompt": "dog", "caption_dropout": 0.3},
 }
 
 
@@ -3556,10 +3594,19 @@ def test_two_processes_follow_the_curve_of_one(make_config, tmp_path):
     two = make_config(
         **common, train_batch_size=2, output_dir=str(tmp_path / "two"), class_data_dir=str(tmp_path / "c2")
     )
-    done = launch_configs(tmp_path, [two], ACCELERATE_USE_CPU="true")
+    changes = {
+        "with_prior_preservation": False,
+        "prior_preservation": "base",
+        "caption_dropout": 0.3,
+        "trigger_word": "t",
+    }
+    pair = [dataclasses.replace(cfg, **changes, output_dir=f"{cfg.output_dir}-base") for cfg in (one, two)]
+    done = launch_configs(tmp_path, [two, pair[1]], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("examples = ") == 1, "the second process must be quiet"
+    assert done.stdout.count("examples = ") == 2, "the second process must be quiet"
     run(one)
+    run(pair[0])
+    assert losses_of(pair[1]) == pytest.approx(losses_of(pair[0]), abs=1e-4) != losses_of(two)
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4) and len(losses_of(one)) == 8
     for name in sorted(path.name for path in (tmp_path / "c1").iterdir()):
         assert (tmp_path / "c1" / name).read_bytes() == (tmp_path / "c2" / name).read_bytes()
@@ -4991,6 +5038,7 @@ OBSERVED = {
     "random_flip": (augmentations, False, True, {}),
     "seed": (order, 0, 1, {}),
     "with_prior_preservation": (planned, False, True, PRIOR),
+    "prior_preservation": (planned, "images", "base", PRIOR),
     "class_data_dir": (planned, "one", "two", PRIOR),
     "class_prompt": (planned, "a", "b", PRIOR),
     "num_class_images": (planned, 1, 2, PRIOR),

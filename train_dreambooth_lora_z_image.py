@@ -225,6 +225,7 @@ BOUNDS = {
 }
 Precision = Literal["bf16", "no", "fp16"]
 Storage = Literal["fp8", "int8", "nf4"]
+Prior = Literal["images", "base"]
 Weighting = Literal["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"]
 LrScheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
@@ -267,7 +268,8 @@ class Config:
     random_flip: bool = flag(False, "Flip images horizontally with probability 0.5.")
     trigger_word: str | None = flag(None, "Word put in place of [trigger], or before any caption that lacks it.")
     caption_dropout: float = flag(0.0, "Share of instance examples with an empty prompt.", at_least=0, below=1)
-    with_prior_preservation: bool = flag(False, "Also train on class images, to preserve the model's prior.")
+    prior_preservation: Prior | None = flag(None, "Also train on class images, or toward the base model.")
+    with_prior_preservation: bool = flag(False, "Old name for --prior_preservation images.")
     class_data_dir: str | None = flag(None, "Folder of class images; missing ones are generated there.")
     class_prompt: str | None = flag(None, "Prompt for the class images.")
     num_class_images: int = flag(100, "Generate class images until there are this many; all are used.", at_least=1)
@@ -381,6 +383,11 @@ class Config:
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
 
     @property
+    def prior_kind(self) -> str | None:
+        """Return what preserves the model's prior: class images, the base model, or nothing."""
+        return self.prior_preservation or ("images" if self.with_prior_preservation else None)
+
+    @property
     def has_8bit_state(self) -> bool:
         """Return whether `--use_8bit_adam` takes effect: Prodigy has no 8-bit version."""
         return self.use_8bit_adam and self.optimizer == "adamw"
@@ -447,8 +454,10 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield "--pretrained_model_name_or_path is required: a folder, a Hub name such as Tongyi-MAI/Z-Image, or --demo"
     if (cfg.instance_data_dir is None) == (cfg.dataset_name is None):
         yield "give exactly one of --instance_data_dir and --dataset_name"
-    if cfg.with_prior_preservation and None in (cfg.class_data_dir, cfg.class_prompt):
-        yield '--with_prior_preservation requires --class_data_dir and --class_prompt ("a photo of a dog")'
+    if cfg.prior_kind == "images" and None in (cfg.class_data_dir, cfg.class_prompt):
+        yield '--prior_preservation images requires --class_data_dir and --class_prompt ("a photo of a dog")'
+    if cfg.prior_kind == "base" and cfg.class_prompt is None:
+        yield '--prior_preservation base requires --class_prompt ("a photo of a dog")'
     for name in ("mixed_precision", "prior_generation_precision"):
         if getattr(cfg, name) == "fp16":
             yield NO_FP16.format(f"--{name}")
@@ -614,8 +623,8 @@ def advice(cfg: Config) -> Iterator[str]:
         yield f"--lr_warmup_steps {cfg.lr_warmup_steps} covers the whole run; the full rate is never reached"
     if cfg.optimizer == "prodigy" and cfg.learning_rate < 0.1:
         yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which multiplies it by its estimate; use 1.0"
-    if not cfg.with_prior_preservation and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
-        yield "--class_data_dir and --class_prompt have no effect without --with_prior_preservation"
+    if cfg.prior_kind is None and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
+        yield "--class_data_dir and --class_prompt have no effect without --prior_preservation"
     if cfg.validation_prompt is not None and cfg.final_validation_prompt is not None:
         yield "--final_validation_prompt has no effect with --validation_prompt"
     if cfg.cache_latents:
@@ -884,7 +893,12 @@ def plan_samples(cfg: Config) -> list[Sample]:
     for match in folders:  # as in kohya's scripts
         if match is not None and match.groups() != (str(cfg.repeats), cfg.instance_prompt):
             say(f"note: {match[0]} sets nothing; use --repeats {match[1]} and --instance_prompt='{match[2]}'")
-    samples += plan_class_images(cfg) if cfg.with_prior_preservation else []
+    if cfg.prior_kind == "base":  # the same images, with the class in place of the trigger
+        word, name = cfg.trigger_word or "", cfg.class_prompt
+        prompts = [one.prompt.replace(word, name) if word and word in one.prompt else name for one in samples]
+        pairs = zip(samples, prompts)
+        samples += [dataclasses.replace(one, prompt=prompt, has_caption=False, is_prior=True) for one, prompt in pairs]
+    samples += plan_class_images(cfg) if cfg.prior_kind == "images" else []
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
 
 
@@ -960,7 +974,7 @@ def make_schedule(cfg: Config, samples: list[Sample], num_processes: int = 1, fi
     micro_batch = cfg.train_batch_size * num_processes
     total_batch = micro_batch * cfg.gradient_accumulation_steps
     instances = sum(not sample.is_prior for sample in samples) * cfg.repeats
-    epoch_examples = instances * (2 if cfg.with_prior_preservation else 1)
+    epoch_examples = instances * (2 if cfg.prior_kind else 1)
     by_epochs = math.ceil((cfg.num_train_epochs or 0) * epoch_examples / total_batch)
     max_train_steps = cfg.max_train_steps or by_epochs or 1500
     interval = (cfg.validation_steps or 0) * total_batch or cfg.validation_epochs * epoch_examples
@@ -982,7 +996,7 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
     first, last = schedule.first_step, schedule.max_train_steps
     require(first <= last, f"the checkpoint is already at step {first}; --max_train_steps must not be lower")
     examples, kinds = last * schedule.total_batch, collections.Counter(sample.is_prior for sample in samples)
-    shown = examples // (2 if cfg.with_prior_preservation else 1)  # instance images, and as many class images
+    shown = examples // (2 if cfg.prior_kind else 1)  # instance images, and as many class images
     is_short = {False: shown < kinds[False] * cfg.repeats, True: shown < kinds[True]}
     table, notes = "{:>12} {:>9} {:>9} {:>12} {:>8} {:>13} {:>15}", []
     lines = [table.format("bucket", "images", "class", "captioned", "repeats", "times seen", "smallest image")]
@@ -1281,6 +1295,7 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
     model = sha256(json.dumps(contents).encode())[:12]
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
+        "--prior_preservation": cfg.prior_kind,
         "--bnb_quantization_config_path": read_bnb_settings(cfg),
         "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
     } | ({"--pretrained_model_name_or_path (a hash of its files)": model} if contents else {})  # fmt: skip
@@ -1407,7 +1422,7 @@ class Batch(NamedTuple):
     quantiles: list[float]  # of the noise levels, from 0 to 1
     latents: Tensor  # (B, 16, h, w) in fp32
     prompt_embeds: list[Tensor]  # B of (L_i, 2560)
-    is_prior: Tensor  # (B,) of bool
+    is_prior: list[bool]
     names: list[str]  # of the images
 
 
@@ -1680,7 +1695,7 @@ def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodi
         seeds=[derive_seed(cfg.seed, "noise", number) for number, _ in examples],
         quantiles=[sample_quantile(cfg, number) for number, _ in examples],
         latents=torch.stack(images), prompt_embeds=prompt_embeds,
-        is_prior=torch.tensor([sample.is_prior for sample in chosen]), names=[str(sample.path) for sample in chosen],
+        is_prior=[sample.is_prior for sample in chosen], names=[str(sample.path) for sample in chosen],
     )  # fmt: skip
 
 
@@ -1797,7 +1812,9 @@ class LeanLora(LoraLinear):
     """A LoRA whose fp32 matrices are cast to the dtype of the input; PEFT casts the input, and saves the copy."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer and its update. (..., K) -> (..., N)"""
+        """Apply the layer and, unless it is disabled, its update. (..., K) -> (..., N)"""
+        if self.disable_adapters:
+            return self.base_layer(x)
         a, b = self.lora_A["default"].weight, self.lora_B["default"].weight * self.scaling["default"]  # (r, K), (N, r)
         update = F.linear(F.linear(self.lora_dropout["default"](x), a.to(x.dtype)), b.to(x.dtype))
         return self.base_layer(x) + update
@@ -2079,6 +2096,19 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor) 
     return (image_weights * per_image).mean()
 
 
+@contextlib.contextmanager
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """Make a transformer the base model for a while."""
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: float) -> Tensor:
     """Compute the loss of a batch: add noise, predict the velocity, compare it with the target. -> scalar"""
     latents = batch.latents  # (B, 16, h, w)
@@ -2087,7 +2117,12 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: floa
     noisy_latents = mix_noise(latents, noise, sigmas).to(DTYPES[cfg.mixed_precision])  # (B, 16, h, w)
     velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
     target = noise - latents  # d noisy_latents / d sigma
-    prior_weights = torch.where(batch.is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
+    is_prior = torch.tensor(batch.is_prior, device=latents.device)  # (B,)
+    if cfg.prior_kind == "base" and (any(batch.is_prior) or is_on("ACCELERATE_USE_FSDP")):  # FSDP needs all processes
+        with torch.no_grad(), without_lora(transformer):
+            base = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
+        target = torch.where(is_prior.view(-1, 1, 1, 1), base.float(), target)
+    prior_weights = torch.where(is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
     return flow_matching_loss(velocity, target, prior_weights * loss_weights(cfg.weighting_scheme, sigmas))
 
 
@@ -2627,8 +2662,8 @@ def make_simulated_transformer(cfg: Config, workload: Workload) -> nn.Module:
 def make_empty_batch(size: int, bucket: tuple[int, int], tokens: int, transformer: nn.Module) -> Batch:
     """Make a batch without content."""
     embeds = [torch.empty(tokens, transformer.config.cap_feat_dim, dtype=transformer.dtype) for _ in range(size)]
-    latents, is_prior = torch.empty(size, 16, bucket[0] // 8, bucket[1] // 8), torch.zeros(size, dtype=torch.bool)
-    return Batch([0] * size, [0.5] * size, latents, embeds, is_prior, [""] * size)
+    latents = torch.empty(size, 16, bucket[0] // 8, bucket[1] // 8)
+    return Batch([0] * size, [0.5] * size, latents, embeds, [False] * size, [""] * size)
 
 
 def simulate_encoding(cfg: Config, workload: Workload) -> Phase:
