@@ -4742,6 +4742,86 @@ def test_the_file_itself(make_config, tmp_path):
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
+def some_lora(kind, model, folder):
+    """Write a LoRA with random matrices in one of the formats that exist, with alpha / rank = 2."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    modules = z.make_empty_transformer(model).named_modules()
+    sizes = {name: module.weight.shape for name, module in modules if isinstance(module, nn.Linear)}
+    for rank, layer in (
+        (4, "layers.0.attention.to_q"),
+        (2, "layers.1.feed_forward.w2"),
+        (4, "noise_refiner.0.attention.to_v"),
+    ):
+        rank = 4 if kind == "peft" else rank  # it has one rank for all layers, unless it lists exceptions
+        tensors = {"A": torch.randn(rank, sizes[layer][1], generator=generator)}
+        tensors["B"] = torch.randn(sizes[layer][0], rank, generator=generator)
+        names = {"A": "lora_A", "B": "lora_B"} if kind in ("ours", "peft") else {"A": "lora_down", "B": "lora_up"}
+        prefix = {"comfy": "diffusion_model.", "kohya": "lora_unet_"}.get(kind, "transformer.")
+        place = prefix + (layer.replace(".", "_") if kind == "kohya" else layer)
+        state |= {f"{place}.{names[half]}.weight": 0.1 * tensor for half, tensor in tensors.items()}
+        state |= {f"{place}.alpha": torch.tensor(2.0 * rank)} if kind in ("comfy", "kohya") else {}
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_q", "w2", "to_v"]}
+    header = {"lora_adapter_metadata": json.dumps(settings)} if kind == "peft" else {}
+    save_file(state, folder / f"{kind}.safetensors", {"format": "pt"} | header)
+    return folder / f"{kind}.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["ours", "peft", "comfy", "kohya"])
+def test_a_run_starts_from_a_lora(kind, model, make_config, tmp_path):
+    """The new LoRA predicts what diffusers predicts with the file, and the run goes on from there."""
+    file = some_lora(kind, model, tmp_path)
+    cfg, lora = z.read_lora(make_config(init_lora=str(file), lora_alpha=6.0), z.make_empty_transformer(model))
+    transformer, _ = with_lora(model, cfg)
+    z.start_from(lora, transformer, cfg)
+    pipe = ZImagePipeline.from_pretrained(model)
+    pipe.load_lora_weights(str(file))
+    batch, sigmas = make_batch(), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        one, other = (
+            z.predict_velocity(each, batch.latents, sigmas, batch.prompt_embeds)
+            for each in (transformer, pipe.transformer)
+        )
+        pipe.unload_lora_weights()
+        plain = z.predict_velocity(pipe.transformer, batch.latents, sigmas, batch.prompt_embeds)
+    assert torch.allclose(one, other, atol=1e-5) and (one - plain).abs().max() > 1e-2
+    assert cfg.rank == 4 and len(layers_of(model, cfg.lora_layers)) == 3
+    run_cfg = make_config(init_lora=str(file), max_train_steps=1, learning_rate=1e-9)
+    run(run_cfg)
+    trained = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    for layer in {name.rsplit(".", 2)[0] for name in lora}:
+        a, b = (trained[f"transformer.{layer}.{half}.weight"] for half in ("lora_A", "lora_B"))
+        given = lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
+        assert torch.allclose(b @ a, given, atol=1e-5)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["init_lora"] == str(file)
+
+
+def test_a_run_from_a_lora_resumes_exactly(model, make_config, tmp_path):
+    cfg = make_config(init_lora=str(some_lora("ours", model, tmp_path)), max_train_steps=2, checkpointing_steps=1)
+    run(cfg)
+    whole = lora_bytes(cfg)
+    run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
+    assert lora_bytes(cfg) == whole
+
+
+def test_a_file_that_is_no_lora_of_this_model_is_refused(model, make_config, tmp_path):
+    file = some_lora("ours", model, tmp_path)
+    state, empty = load_file(file), z.make_empty_transformer(model)
+    names, cases = sorted(state), {}
+    cases["lora_A.weight"] = {name.replace("layers.0", "layers.99"): tensor for name, tensor in state.items()}
+    cases["w2.lora_magnitude"] = state | {"transformer.layers.1.feed_forward.w2.lora_magnitude_vector": torch.ones(2)}
+    cases["to_q.lora_B.weight"] = state | {names[1]: torch.ones(3, 4)}
+    cases["it is incomplete"] = {name: state[name] for name in names[1:]}
+    for words, tensors in cases.items():
+        save_file(tensors, tmp_path / "odd.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"--init_lora .*odd.safetensors is no plain LoRA .*{words}"):
+            z.read_lora(make_config(init_lora=str(tmp_path / "odd.safetensors")), empty)
+    (tmp_path / "odd.safetensors").write_text("nonsense")
+    with pytest.raises(UserError, match="--init_lora .*odd.safetensors cannot be loaded"):
+        z.read_lora(make_config(init_lora=str(tmp_path / "odd.safetensors")), empty)
+    with pytest.raises(UserError, match="--init_lora nowhere is not a file"):
+        z.make_plan(make_config(init_lora="nowhere"))
+
+
 def test_model_card(make_config, tmp_path):
     from huggingface_hub import ModelCard
 
@@ -5087,6 +5167,7 @@ OBSERVED = {
 
 # flags whose difference a test of their own shows
 SHOWN = {
+    "init_lora": "test_a_run_starts_from_a_lora",
     "trigger_word": "test_the_trigger_word_is_in_every_caption",
     "pretrained_model_name_or_path": "test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise",
     "instance_data_dir": "test_two_processes_follow_the_curve_of_one",

@@ -281,6 +281,7 @@ class Config:
 
     rank: int = flag(16, "Rank of the LoRA matrices.", at_least=1)
     lora_alpha: float | None = flag(None, "The LoRA is scaled by alpha / rank. Default: rank.", above=0)
+    init_lora: str | None = flag(None, "LoRA file to start from; it sets --rank and --lora_layers.")
     lora_dropout: float = flag(0.0, "Dropout probability for the LoRA inputs.", at_least=0, below=1)
     lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, names, or blocks.")
 
@@ -1223,8 +1224,9 @@ def check_components(model: Path, cfg: Config) -> None:
 
 
 def check_model(cfg: Config) -> None:
-    """Reject a name that is neither a complete model folder nor a possible Hub name."""
-    name = cfg.pretrained_model_name_or_path
+    """Reject a name that is neither a complete model folder nor a possible Hub name, and a LoRA that is no file."""
+    name, lora = cfg.pretrained_model_name_or_path, cfg.init_lora
+    require(lora is None or Path(lora).is_file(), f"--init_lora {lora} is not a file; specify a .safetensors file")
     if os.path.exists(name):
         return check_components(Path(name), cfg)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
@@ -1971,6 +1973,41 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
     # torch's `init_sync`, is not exposed by accelerate.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dict[str, Tensor]]:
+    """Read `--init_lora` in any format that diffusers knows. Returns a config of its rank and layers, and its tensors.
+
+    Its scale is folded into lora_B. Raises UserError if it is not a plain LoRA for linear layers of this transformer.
+    """
+    if cfg.init_lora is None:
+        return cfg, {}
+    file, linear = Path(cfg.init_lora), [(n, m) for n, m in empty.named_modules() if isinstance(m, nn.Linear)]
+    with explained(f"--init_lora {file} cannot be loaded"):
+        options = {"weight_name": file.name, "local_files_only": True, "return_lora_metadata": True}
+        found, settings = ZImagePipeline.lora_state_dict(str(file.parent), **options)
+    get = (settings or {"transformer.r": 1, "transformer.lora_alpha": 1}).get
+    scale, odd = get("transformer.lora_alpha") / get("transformer.r"), ["alpha_pattern", "use_rslora"]
+    odd = [name for name in odd if get(f"transformer.{name}")]
+    found = {name.removeprefix("transformer."): tensor.float() for name, tensor in found.items()}
+    sizes = {f"{name}.lora_A.weight": module.in_features for name, module in linear}
+    sizes |= {f"{name}.lora_B.weight": module.out_features for name, module in linear}
+    odd += [name for name, tensor in found.items() if sizes.get(name) != tensor.shape["lora_A" in name]]
+    layers = sorted({name.rsplit(".", 2)[0] for name in found})
+    is_whole = not odd and 0 < 2 * len(layers) == len(found)
+    problem = f"is no plain LoRA for linear layers of this model: {', '.join(odd[:3]) or 'it is incomplete'}"
+    require(is_whole, f"--init_lora {file} {problem}")
+    lora = {name: tensor * (scale if "lora_B" in name else 1) for name, tensor in found.items()}
+    rank = max(len(tensor) for name, tensor in lora.items() if "lora_A" in name)
+    return dataclasses.replace(cfg, rank=rank, lora_layers=",".join(layers)), lora
+
+
+@torch.no_grad()
+def start_from(lora: dict[str, Tensor], transformer: nn.Module, cfg: Config) -> None:
+    """Copy a LoRA into the new one; where its rank is smaller, the rest of lora_B stays zero."""
+    for name, parameter in lora_parameters(transformer).items() if lora else ():
+        height, width = lora[name].shape  # (r, K) or (N, r)
+        parameter[:height, :width] = lora[name] / (cfg.lora_scale if "lora_B" in name else 1)
 
 
 def describe_lora(transformer: nn.Module, layers: list[str], cfg: Config) -> str:
@@ -3145,14 +3182,15 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     """Run everything: plan -> caches -> model -> loop -> artifacts. Returns the LoRA file."""
     stop, model, last = StopRequest(given.max_train_minutes), find_model(given), plan.schedule.max_train_steps
     empty = make_empty_transformer(model)
-    layers, shift = resolve_lora_layers(given.lora_layers, empty), read_timestep_shift(given, model)
+    start, lora = read_lora(given, empty)
+    layers, shift = resolve_lora_layers(start.lora_layers, empty), read_timestep_shift(given, model)
     tokens = tokenize(needed_prompts(plan.samples, given), model, given.max_sequence_length)
     check_positions(given, plan.samples, tokens, empty.config.axes_lens)
     bucket = max((sample.bucket for sample in plan.samples), key=math.prod)
     has_missing = any(not sample.digest for sample in plan.samples)
     workload = Workload(model, layers, bucket, max(map(len, tokens.values())), has_missing)
-    cfg, phases = fit(given, plan, workload)
-    chosen = {name: value for name, value in vars(cfg).items() if value != getattr(given, name)}
+    cfg, phases = fit(start, plan, workload)
+    chosen = {name: value for name, value in vars(cfg).items() if value != getattr(start, name)}
     disk = describe_disk(cfg, plan, workload, empty)
     if cfg.dry_run:
         if plan.checkpoint is not None:
@@ -3179,6 +3217,7 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision])
     parameters = add_lora(transformer, layers, cfg)
+    start_from(lora, transformer, cfg)
     say(describe_lora(transformer, layers, cfg))
     transformer, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, cfg))
     run = Run(cfg, plan, encodings, accelerator, transformer, optimizer, stop, shift, peaks)
