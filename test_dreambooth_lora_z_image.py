@@ -219,7 +219,7 @@ def broken_house_rules(source):
 
 def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
-    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3300
+    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3380
     assert "from __future__" not in source
     assert re.findall(r"\bprint\(.*", source) == [
         "print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)"
@@ -2353,6 +2353,7 @@ def make_batch(size=2, side=4, is_prior=False, length=9, dtype=torch.float32):
         latents=torch.randn(size, 16, side, side + 2, generator=generator),
         prompt_embeds=[torch.randn(length + 20 * n, 32, generator=generator).to(dtype) for n in range(size)],
         is_prior=[is_prior] * size,
+        masks=None,
         names=[f"{number}.png" for number in range(size)],
     )
 
@@ -2980,6 +2981,83 @@ def test_preservation_by_the_base_model_puts_the_class_in_place_of_the_trigger(i
         make_config(prior_preservation="base")
 
 
+@pytest.mark.parametrize("kind", ["-masklabel.png", ".mask.png", "alpha"])
+@pytest.mark.parametrize("bucket", [(32, 32), (32, 64), (64, 32)])
+def test_a_mask_follows_its_image(kind, bucket, make_config, tmp_path):
+    """The image shows what its mask says: after crop and flip, it still does, at an eighth of the size."""
+    gray = Image.linear_gradient("L").rotate(30).resize((90, 70))
+    (tmp_path / "i").mkdir()
+    gray.convert("RGB").save(tmp_path / "i" / "0.png")
+    if kind == "alpha":
+        visible = gray.convert("RGB")
+        visible.putalpha(gray)
+        visible.save(tmp_path / "i" / "0.png")
+    else:
+        gray.save(tmp_path / "i" / f"0{kind}")
+    cfg = make_config(instance_data_dir=str(tmp_path / "i"), masked_loss=True)
+    (planned,) = z.plan_samples(cfg)
+    shown = dataclasses.replace(planned, bucket=bucket)
+    if kind == "alpha":  # which load_image composes on white: compare with an opaque copy
+        gray.convert("RGB").save(tmp_path / "opaque.png")
+        digest = z.sha256((tmp_path / "opaque.png").read_bytes())
+        opaque = dataclasses.replace(shown, path=tmp_path / "opaque.png", digest=digest)
+    for is_flipped, centering in itertools.product((False, True), ((0.5, 0.5), (0.0, 1.0), (1.0, 0.2))):
+        mask = z.load_mask(shown, is_flipped, centering, 0.0)
+        pixels = z.load_pixels(opaque if kind == "alpha" else shown, is_flipped, centering)
+        expected = nn.functional.avg_pool2d(pixels.mean(0, keepdim=True) / 2 + 0.5, 8)
+        assert mask.shape == (1, bucket[0] // 8, bucket[1] // 8) and (mask - expected).abs().max() < 0.05
+    floor = z.load_mask(shown, False, (0.5, 0.5), 0.2)
+    assert floor.min() >= 0.2 and torch.allclose(floor, 0.2 + 0.8 * z.load_mask(shown, False, (0.5, 0.5), 0.0))
+
+
+def test_the_loss_counts_where_the_mask_is_white():
+    velocity, target, ones = torch.randn(2, 16, 4, 6), torch.zeros(2, 16, 4, 6), torch.ones(2)
+    masks = torch.ones(2, 1, 4, 6)
+    plain = z.flow_matching_loss(velocity, target, ones, None)
+    assert torch.isclose(z.flow_matching_loss(velocity, target, ones, masks), plain)
+    masks[:, :, :, 3:] = 0
+    half = z.flow_matching_loss(velocity[..., :3], target[..., :3], ones, None)
+    assert torch.isclose(z.flow_matching_loss(velocity, target, ones, masks), half), "an image counts as one"
+    masks[0] = 0
+    assert z.flow_matching_loss(velocity[:1], target[:1], ones[:1], masks[:1]) == 0, "an empty mask is no NaN"
+
+
+def test_masks_that_do_not_fit_are_refused_and_missing_ones_named(images, make_config, capsys):
+    for number in range(4):
+        Image.new("L", (64, 64), 255).save(images / f"{number}-masklabel.png")
+    cfg = make_config(masked_loss=True)
+    assert [sample.mask and sample.mask.name for sample in z.plan_samples(cfg)] == [
+        *(f"{number}-masklabel.png" for number in range(4)), None,
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert f"note: {images / '4.png'} has no mask" in said and "masklabel" not in said
+    assert all(sample.mask is None for sample in z.plan_samples(make_config()))
+    Image.new("L", (32, 64)).save(images / "0-masklabel.png")
+    with pytest.raises(UserError, match="--masked_loss: .*0-masklabel.png is not of the size of its image; resize or"):
+        z.plan_samples(cfg)
+    (images / "0-masklabel.png").write_text("nonsense")
+    with pytest.raises(UserError, match="--masked_loss: .*0-masklabel.png is not an image"):
+        z.plan_samples(cfg)
+
+
+def test_runs_with_masks_differ_by_the_masks_and_resume_exactly(images, make_config, tmp_path):
+    for number in range(5):
+        draw(images / f"{number}.mask.png", (64, 64), (0, 0, 0))
+    common = {"max_train_steps": 2, "checkpointing_steps": 1, "cache_latents": False, "random_flip": True}
+    plain = make_config(output_dir=str(tmp_path / "plain"), **common)
+    masked = dataclasses.replace(plain, masked_loss=True, output_dir=str(tmp_path / "masked"))
+    weak = dataclasses.replace(masked, mask_background=0.9, output_dir=str(tmp_path / "weak"))
+    for cfg in (plain, masked, weak):
+        run(cfg)
+    assert len({lora_bytes(cfg) for cfg in (plain, masked, weak)}) == 3
+    whole = lora_bytes(masked)
+    run(dataclasses.replace(masked, resume_from_checkpoint="checkpoint-1"))
+    assert lora_bytes(masked) == whole
+    Image.new("L", (64, 64), 255).save(images / "2.mask.png")
+    with pytest.raises(UserError, match="different settings or data: images, captions: 2.png"):
+        run(dataclasses.replace(masked, resume_from_checkpoint="checkpoint-1"))
+
+
 def test_noise_follows_from_the_seed_of_the_example_alone():
     together = z.sample_noise([5, 6, 7], torch.Size((16, 4, 4)))
     assert torch.equal(together[1:2], z.sample_noise([6], torch.Size((16, 4, 4))))
@@ -3599,6 +3677,8 @@ def test_two_processes_follow_the_curve_of_one(make_config, tmp_path):
         "prior_preservation": "base",
         "caption_dropout": 0.3,
         "trigger_word": "t",
+        "masked_loss": True,
+        "holdout": 1,
     }
     pair = [dataclasses.replace(cfg, **changes, output_dir=f"{cfg.output_dir}-base") for cfg in (one, two)]
     done = launch_configs(tmp_path, [two, pair[1]], ACCELERATE_USE_CPU="true")
@@ -3607,6 +3687,8 @@ def test_two_processes_follow_the_curve_of_one(make_config, tmp_path):
     run(one)
     run(pair[0])
     assert losses_of(pair[1]) == pytest.approx(losses_of(pair[0]), abs=1e-4) != losses_of(two)
+    gains = [gains_of(cfg)[8]["held_out"]["bands"] for cfg in pair]
+    assert gains[1] == pytest.approx(gains[0], abs=1e-3)
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4) and len(losses_of(one)) == 8
     for name in sorted(path.name for path in (tmp_path / "c1").iterdir()):
         assert (tmp_path / "c1" / name).read_bytes() == (tmp_path / "c2" / name).read_bytes()
@@ -4648,6 +4730,82 @@ def test_validation_leaves_the_model_and_the_random_state_alone(make_config, mod
     assert images[0] == images[1], "dropout must be off while sampling"
 
 
+def gains_of(cfg):
+    """The measured gains by step."""
+    files = sorted(Path(cfg.output_dir).glob("validation/step-*/gain.json"))
+    return {int(file.parent.name[5:]): json.loads(file.read_text()) for file in files}
+
+
+@pytest.mark.parametrize("cache_latents", [True, False])
+def test_the_gain_is_measured_on_held_out_and_on_training_images(cache_latents, images, make_config, tmp_path, capsys):
+    cfg = make_config(
+        holdout=2, max_train_steps=8, validation_steps=3, learning_rate=0.01, cache_latents=cache_latents,
+        validation_prompt=("a",), gradient_accumulation_steps=2,
+    )  # fmt: skip
+    run(cfg)
+    gains = gains_of(cfg)
+    assert list(gains) == [0, 3, 6, 8] and gains[0]["held_out"] == gains[0]["training"]
+    assert gains[0]["training"] == {"gain": 0.0, "spread": 0.0, "bands": dict.fromkeys(map(str, z.LEVELS), 0.0)}
+    assert all(value != 0 for kind in ("held_out", "training") for value in gains[8][kind]["bands"].values())
+    said = capsys.readouterr().out
+    assert re.search(
+        r"step 8: the loss is lower than without the LoRA, by held-out -?\d+\.\d%.*, training -?\d+", said
+    )
+    shown = [line for line in said.splitlines() if " 32 x 32 " in line]
+    assert len(shown) == 1 and shown[0].split()[3] == "3", "two of five images are not trained"
+    best = max((row["held_out"]["gain"], -step) for step, row in gains.items())
+    file = tmp_path / "out" / z.BEST_FILE
+    assert file.exists() == (best[0] > 0)
+    assert best[1] != -8 or file.read_bytes() == lora_bytes(cfg)
+
+
+def test_the_measured_gain_is_that_of_the_losses(model, images, make_config, tmp_path):
+    """Computed here again: with the finished LoRA loaded by diffusers, and with the base model."""
+    cfg = make_config(holdout=1, max_train_steps=4, learning_rate=0.01, upcast_before_saving=True, seed=3)
+    run(cfg)
+    pipe = ZImagePipeline.from_pretrained(model)
+    (path,) = (images / "4.png",)
+    encodings = z.Encodings(cfg, Path(model), z.identify(Path(model), None))
+    (one,) = (one for one in z.plan_samples(cfg) if one.path == path)
+    latents = load_file(encodings.latents(one, False))["latents"][None]
+    embeds = [load_file(encodings.prompt(one.prompt))["prompt_embeds"]]
+    losses = {}
+    for name in ("base", "lora"):
+        if name == "lora":
+            pipe.load_lora_weights(cfg.output_dir)
+        for level in z.LEVELS:
+            noise = z.sample_noise([z.derive_seed(3, "gain", one.digest, level)], latents.shape[1:])
+            noisy = (1 - level) * latents + level * noise
+            with torch.no_grad():
+                velocity = z.predict_velocity(pipe.transformer, noisy, torch.tensor([level]), embeds)
+            losses[name, level] = (velocity - (noise - latents)).square().mean().item()
+    bands = {f"{level}": 1 - losses["lora", level] / losses["base", level] for level in z.LEVELS}
+    assert gains_of(cfg)[4]["held_out"]["bands"] == pytest.approx(bands, abs=2e-4)
+
+
+def test_held_out_images_are_not_trained_and_stay_so_on_resuming(images, make_config, tmp_path):
+    cfg = make_config(
+        holdout=2,
+        max_train_steps=4,
+        checkpointing_steps=2,
+        validation_steps=1,
+        prior_preservation="base",
+        class_prompt="dog",
+    )
+    samples, held_out = z.hold_out(z.plan_samples(cfg), cfg)
+    assert [one.path.name for one in held_out] == ["3.png", "4.png"]
+    assert {one.path.name for one in samples} == {"0.png", "1.png", "2.png"} and len(samples) == 6
+    run(cfg)
+    whole, gains = lora_bytes(cfg), gains_of(cfg)
+    draw(images / "4.png", (64, 64), (1, 2, 3))  # another image, not trained either
+    run(dataclasses.replace(cfg, output_dir=str(tmp_path / "other")))
+    assert lora_bytes(dataclasses.replace(cfg, output_dir=str(tmp_path / "other"))) == whole
+    run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-2"))
+    assert lora_bytes(cfg) == whole and gains_of(cfg)[4]["training"] == gains[4]["training"]
+    with pytest.raises(UserError, match="--holdout 5 leaves none of 5 images to train"):
+        z.hold_out(z.plan_samples(cfg), dataclasses.replace(cfg, holdout=5))
+
+
 def test_when_images_are_generated(make_config, tmp_path):
     def steps(**changes):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -5167,6 +5325,9 @@ OBSERVED = {
 
 # flags whose difference a test of their own shows
 SHOWN = {
+    "holdout": "test_the_gain_is_measured_on_held_out_and_on_training_images",
+    "masked_loss": "test_runs_with_masks_differ_by_the_masks_and_resume_exactly",
+    "mask_background": "test_runs_with_masks_differ_by_the_masks_and_resume_exactly",
     "init_lora": "test_a_run_starts_from_a_lora",
     "trigger_word": "test_the_trigger_word_is_in_every_caption",
     "pretrained_model_name_or_path": "test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise",

@@ -260,6 +260,7 @@ class Config:
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several.")
     image_column: str = flag("image", "Column of the dataset that contains the images.")
     caption_column: str | None = flag(None, "Column of the dataset that contains the captions.")
+    holdout: int = flag(0, "Keep the last N images out of training, and measure the gain on them.", at_least=0)
     repeats: int = flag(1, "Number of times each instance image is shown per epoch.", at_least=1)
     resolution: int = flag(1024, "Side of the square training crops, in pixels.", at_least=16, multiple_of=16)
     use_aspect_ratio_buckets: bool = flag(False, "Keep aspect ratios, at most resolution^2 pixels; no upscaling.")
@@ -291,6 +292,8 @@ class Config:
     mode_scale: float = flag(1.29, "Scale for weighting scheme mode.")
     stratified_noise: bool = flag(True, "Spread the noise levels of successive examples evenly.")
     timestep_shift: str = flag("1", "Shift s of noise levels, s x / (1 + (s - 1) x); 'scheduler' uses the model's.")
+    masked_loss: bool = flag(False, "Weigh the loss by NAME-masklabel.png, NAME.mask.png, or the alpha channel.")
+    mask_background: float = flag(0.05, "Weight of what a mask leaves black, relative to white.", at_least=0, below=1)
     prior_loss_weight: float = flag(1.0, "Weight of a class image relative to an instance image.", at_least=0)
 
     optimizer: Literal["adamw", "prodigy"] = flag("adamw", "Optimizer; use --learning_rate 1 with prodigy.")
@@ -671,6 +674,7 @@ FOREIGN_FOLDER = re.compile(  # hidden; or of NAS systems, archives, photo manag
     r"\..*|@eadir|@recycle|[#$]recycle(\.bin)?|#snapshot|lost\+found|__macosx|thumb(nail)?s|masks?|segmentation\w+|reg"
 )
 FOREIGN_ENDING = re.compile(r"[-_. ]+(mask(label)?|matte|alpha|depth|seg|thumb(nail)?)s?")  # after an image's name
+MASK_ENDINGS = ("-masklabel.png", ".mask.png")  # OneTrainer's, and ours
 Example = tuple[int, int]  # an element of the endless stream: its position, and the index of its sample
 warnings.filterwarnings("ignore", module="PIL")  # about images that it reads anyway
 Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow rejects images of more than twice as many
@@ -688,6 +692,7 @@ class Sample:
     has_caption: bool
     is_prior: bool
     digest: str = ""  # SHA-256 of the file; empty for a class image that is yet to be generated
+    mask: Path | None = None  # a file, or that of the image for its alpha channel
 
 
 @dataclass(frozen=True)
@@ -723,6 +728,18 @@ def find_files(folder: Path) -> list[Path]:
 def identity(path: Path) -> str:
     """Return the same string for all spellings of a path: relative, through links, with composed accents."""
     return unicodedata.normalize("NFC", os.path.join(os.path.realpath(path.parent), path.name))
+
+
+def find_mask(path: Path, size: tuple[int, int]) -> Path | None:
+    """Find the mask of an image: a file beside it, or its own alpha channel. Raises UserError if the size differs."""
+    for mask in (path.with_name(f"{path.stem}{ending}") for ending in MASK_ENDINGS):
+        if mask.is_file():
+            with explained(f"--masked_loss: {mask} is not an image"):
+                found = load_image(mask).size[::-1]
+            require(found == size, f"--masked_loss: {mask} is not of the size of its image; resize or remove it")
+            return mask
+    with Image.open(path) as image:
+        return path if image.has_transparency_data else None
 
 
 def select_images(files: list[Path]) -> list[Path]:
@@ -852,7 +869,8 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
     texts = [path for suffix in reversed(CAPTION_SUFFIXES) for path in found if path.suffix.lower() == suffix]
     texts = {identity(path.with_suffix("")): path for path in texts if path.is_file()}
     texts = {path: texts.get(identity(path.with_suffix(""))) for path in images}  # of each image
-    say(*describe_ignored(sorted(set(found).difference(images, tables, texts.values()))))
+    masks = [path for path in found if path.name.endswith(MASK_ENDINGS)] if cfg.masked_loss else []
+    say(*describe_ignored(sorted(set(found).difference(images, tables, texts.values(), masks))))
     for path in progress_bar(images, "reading images", delay=2):
         try:
             content = path.read_bytes()
@@ -871,7 +889,9 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
         text = prompt if caption is None else caption
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
-        samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest))
+        mask = find_mask(path, size) if cfg.masked_loss and not is_prior else None
+        skipped += [f"note: {path} has no mask"] * (cfg.masked_loss and not is_prior and mask is None)
+        samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest, mask))
     say(*skipped)  # not before: tqdm would show a bar that is not due
     return samples
 
@@ -898,9 +918,19 @@ def plan_samples(cfg: Config) -> list[Sample]:
         word, name = cfg.trigger_word or "", cfg.class_prompt
         prompts = [one.prompt.replace(word, name) if word and word in one.prompt else name for one in samples]
         pairs = zip(samples, prompts)
-        samples += [dataclasses.replace(one, prompt=prompt, has_caption=False, is_prior=True) for one, prompt in pairs]
+        changes = {"has_caption": False, "is_prior": True, "mask": None}
+        samples += [dataclasses.replace(one, prompt=prompt, **changes) for one, prompt in pairs]
     samples += plan_class_images(cfg) if cfg.prior_kind == "images" else []
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
+
+
+def hold_out(samples: list[Sample], cfg: Config) -> tuple[list[Sample], tuple[Sample, ...]]:
+    """Split the samples into those to train and the last `--holdout` instance images by name."""
+    instances = [sample for sample in samples if not sample.is_prior]
+    require(cfg.holdout < len(instances), f"--holdout {cfg.holdout} leaves none of {len(instances)} images to train")
+    held_out = tuple(instances[len(instances) - cfg.holdout :])
+    paths = {sample.path for sample in held_out}
+    return [sample for sample in samples if sample.path not in paths], held_out
 
 
 def plan_class_images(cfg: Config) -> list[Sample]:
@@ -1061,7 +1091,8 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
 # =====================================================================================================================
 
 LORA_FILE, STATE_FILE = "pytorch_lora_weights.safetensors", "state.safetensors"
-RUN_FILES = (LORA_FILE, "config.json", "metrics.jsonl", "README.md")
+BEST_FILE = "pytorch_lora_weights_best.safetensors"
+RUN_FILES = (LORA_FILE, BEST_FILE, "config.json", "metrics.jsonl", "README.md")
 COMPONENTS = {
     "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
     "text_encoder": "config.json", "vae": "config.json", "transformer": "config.json",
@@ -1082,6 +1113,7 @@ class Plan(NamedTuple):
     samples: list[Sample]
     schedule: Schedule
     checkpoint: Checkpoint | None
+    held_out: tuple[Sample, ...] = ()  # not trained
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -1290,10 +1322,11 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
         "seed", "rank", "lora_layers", "lora_dropout", "optimizer", "resolution", "repeats", "center_crop",
         "random_flip", "cache_latents", "max_sequence_length", "gradient_accumulation_steps", "mixed_precision",
         "quantization", "do_fp8_training", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
-        "stratified_noise", "timestep_shift", "prior_loss_weight", "caption_dropout",
+        "stratified_noise", "timestep_shift", "prior_loss_weight", "caption_dropout", "masked_loss", "mask_background",
     )  # fmt: skip
-    uses = [json.dumps((sample.digest, sample.bucket, sample.prompt, sample.is_prior)) for sample in plan.samples]
-    images = [f"{sha256(use.encode())} {sample.path.name}" for use, sample in zip(uses, plan.samples)]
+    masks = [sample.mask and sha256(sample.mask.read_bytes()) for sample in plan.samples]
+    uses = [(one.digest, one.bucket, one.prompt, one.is_prior, mask) for one, mask in zip(plan.samples, masks)]
+    images = [f"{sha256(json.dumps(use).encode())} {sample.path.name}" for use, sample in zip(uses, plan.samples)]
     model = sha256(json.dumps(contents).encode())[:12]
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
@@ -1336,10 +1369,10 @@ def make_plan(cfg: Config) -> Plan:
         with explained(f"the cache folder {cfg.encodings_folder} cannot be used", "choose another --cache_dir"):
             cached.encodings_folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=cached.encodings_folder).close()
-        samples = plan_samples(cached)
+        samples, held_out = hold_out(plan_samples(cached), cfg)
     schedule = make_schedule(cfg, samples, processes, checkpoint.step if checkpoint else 0)
     say(*describe_plan(samples, cfg, schedule))
-    return Plan(samples, schedule, checkpoint)
+    return Plan(samples, schedule, checkpoint, held_out)
 
 
 def run_or_exit(conductor: Callable[..., Any], cfg: Config, *more: Any) -> Any:
@@ -1425,6 +1458,7 @@ class Batch(NamedTuple):
     latents: Tensor  # (B, 16, h, w) in fp32
     prompt_embeds: list[Tensor]  # B of (L_i, 2560)
     is_prior: list[bool]
+    masks: Tensor | None  # (B, 1, h, w): the weight of each place, with --masked_loss
     names: list[str]  # of the images
 
 
@@ -1601,6 +1635,22 @@ def load_pixels(sample: Sample, is_flipped: bool, centering: tuple[float, float]
     return image_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def load_mask(sample: Sample, is_flipped: bool, centering: tuple[float, float], background: float) -> Tensor:
+    """Load a mask, cropped and flipped as its image is, in the size of the latents. -> (1, h, w) in [background, 1]"""
+    height, width = sample.bucket[0] // 8, sample.bucket[1] // 8
+    if sample.mask is None:
+        return torch.ones(1, height, width)
+    if sample.mask == sample.path:
+        with Image.open(sample.path) as image:
+            mask = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    else:
+        mask = load_image(sample.mask).convert("L")
+    mask = ImageOps.fit(mask, (width, height), Image.Resampling.BOX, centering=centering)
+    mask = ImageOps.mirror(mask) if is_flipped else mask
+    levels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, height, width) / 255
+    return background + (1 - background) * levels
+
+
 def fulfill(future: Future, load: Callable[..., Any], job: tuple[Any, ...]) -> None:
     """Put the result of a call, or what it raises, into a future."""
     try:
@@ -1684,7 +1734,8 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
 
 def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodings) -> Batch:
     """Load a micro-batch from disk; without cached latents, `latents` still holds pixels."""
-    cfg, chosen, images, prompt_embeds = encodings.cfg, [samples[index] for _, index in examples], [], []
+    cfg, chosen = encodings.cfg, [samples[index] for _, index in examples]
+    images, prompt_embeds, masks = [], [], []
     for (number, _), sample in zip(examples, chosen):
         is_flipped, centering = sample_augmentation(cfg, number)
         with explained(f"{sample.path} or its encoding cannot be read any more", "restore it, and resume the run"):
@@ -1692,12 +1743,16 @@ def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodi
                 images.append(load_file(encodings.latents(sample, is_flipped))["latents"])
             else:
                 images.append(load_pixels(sample, is_flipped, centering))
+            if cfg.masked_loss:
+                centering = CENTER if cfg.cache_latents else centering
+                masks.append(load_mask(sample, is_flipped, centering, cfg.mask_background))
             prompt_embeds.append(load_file(encodings.prompt(choose_prompt(sample, cfg, number)))["prompt_embeds"])
     return Batch(
         seeds=[derive_seed(cfg.seed, "noise", number) for number, _ in examples],
         quantiles=[sample_quantile(cfg, number) for number, _ in examples],
         latents=torch.stack(images), prompt_embeds=prompt_embeds,
-        is_prior=[sample.is_prior for sample in chosen], names=[str(sample.path) for sample in chosen],
+        is_prior=[sample.is_prior for sample in chosen], masks=torch.stack(masks) if masks else None,
+        names=[str(sample.path) for sample in chosen],
     )  # fmt: skip
 
 
@@ -2127,10 +2182,12 @@ def predict_velocity(
     return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
 
 
-def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor) -> Tensor:
-    """Compute the mean squared error, weighted per image. (B, 16, h, w), (B, 16, h, w), (B,) -> scalar"""
-    per_image = (velocity.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
-    return (image_weights * per_image).mean()
+def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor, masks: Tensor | None) -> Tensor:
+    """Compute the mean squared error, weighted by image and place. (B, 16, h, w) x 2, (B,), (B, 1, h, w) -> scalar"""
+    squares = (velocity.float() - target.float()).square()  # (B, 16, h, w)
+    if masks is not None:  # relative to their mean: an image counts as one whatever its mask
+        squares = squares * masks / masks.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
+    return (image_weights * squares.mean(dim=(1, 2, 3))).mean()
 
 
 @contextlib.contextmanager
@@ -2160,7 +2217,8 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: floa
             base = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
         target = torch.where(is_prior.view(-1, 1, 1, 1), base.float(), target)
     prior_weights = torch.where(is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
-    return flow_matching_loss(velocity, target, prior_weights * loss_weights(cfg.weighting_scheme, sigmas))
+    weights = prior_weights * loss_weights(cfg.weighting_scheme, sigmas)  # (B,)
+    return flow_matching_loss(velocity, target, weights, batch.masks)
 
 
 # =====================================================================================================================
@@ -2363,12 +2421,12 @@ def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[str, float]]
 PRODIGY_COUNTS = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # its estimates, not its settings
 
 
-def save_lora(run: Run, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def save_lora(run: Run, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """Write the LoRA in its final form, from the main process; return the saved tensors."""
     cfg, dtype = run.cfg, torch.float32 if run.cfg.upcast_before_saving else DTYPES[run.cfg.mixed_precision]
     exported = export_lora(state, cfg.lora_scale, dtype)
     if run.accelerator.is_main_process:
-        write_tensors(folder / LORA_FILE, exported, lora_metadata(cfg, run.plan.samples))
+        write_tensors(file, exported, lora_metadata(cfg, run.plan.samples))
     return exported
 
 
@@ -2385,7 +2443,7 @@ def save_checkpoint(run: Run, step: int, binding: dict[str, Any]) -> None:
             # bitsandbytes shares tables between parameters, which safetensors rejects
             kind[f"{key}/{name}"] = value.clone() if key in ("qmap1", "qmap2") else value
     state["group"] = {key: value for key, value in run.optimizer.param_groups[0].items() if key in PRODIGY_COUNTS}
-    save_lora(run, lora, folder)
+    save_lora(run, lora, folder / LORA_FILE)
     if run.accelerator.is_main_process:
         sync(folder.parent / "metrics.jsonl")  # metrics must be on disk before the checkpoint
         write_tensors(folder / STATE_FILE, tensors, {"state": json.dumps(state)})
@@ -2546,10 +2604,71 @@ def validation_folder(cfg: Config, step: int) -> Path:
     return Path(cfg.output_dir) / "validation" / f"step-{step:06d}"
 
 
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five bands of noise levels
+
+
+def measured_samples(plan: Plan) -> list[Sample]:
+    """Choose as many training images as are held out."""
+    return [sample for sample in plan.samples if not sample.is_prior][: len(plan.held_out)]
+
+
+@torch.no_grad()
+def measure_losses(run: Run, sample: Sample, level: float) -> tuple[float, float]:
+    """Compute the loss of an image at a noise level, with noise that never changes: with the LoRA, and without it."""
+    device, dtype = run.accelerator.device, DTYPES[run.cfg.mixed_precision]
+    latents = load_file(run.encodings.latents(sample, False))["latents"][None].to(device)  # (1, 16, h, w)
+    prompt_embeds = [load_file(run.encodings.prompt(sample.prompt))["prompt_embeds"].to(device)]
+    seed = derive_seed(run.cfg.seed, "gain", sample.digest, level)
+    noise, sigmas = sample_noise([seed], latents.shape[1:]).to(device), torch.tensor([level], device=device)
+    noisy_latents = mix_noise(latents, noise, sigmas).to(dtype)
+    velocity = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
+    with without_lora(run.transformer):
+        base = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
+    one = torch.ones(1, device=device)
+    return tuple(flow_matching_loss(each, noise - latents, one, None).item() for each in (velocity, base))
+
+
+def gain_of(rows: Iterable[tuple[Any, ...]]) -> float:
+    """Compute by which share the sum of the losses with the LoRA is lower than that without it."""
+    with_lora, base = map(sum, zip(*(row[-2:] for row in rows)))
+    return round(1 - with_lora / base, 4)
+
+
+def measure_gain(run: Run, step: int) -> None:
+    """Measure the gain on held-out and on as many training images, write it to gain.json, and keep the best LoRA.
+
+    Losses are compared at equal noise, so a few images suffice; `spread` is the standard error over the images.
+    """
+    kinds, gains = {"held_out": run.plan.held_out, "training": measured_samples(run.plan)}, {"step": step}
+    jobs = [(kind, sample, level) for kind, samples in kinds.items() for sample in samples for level in LEVELS]
+    run.transformer.eval()
+    with torch.compiler.set_stance("force_eager"):
+        rows = [(kind, one.path, level, *measure_losses(run, one, level)) for kind, one, level in share_of(jobs, True)]
+    run.transformer.train()
+    rows = sorted(set(gather_object(rows)))
+    for kind, samples in kinds.items():
+        mine = [row for row in rows if row[0] == kind]
+        bands = {level: gain_of(row for row in mine if row[2] == level) for level in LEVELS}
+        spread = statistics.pstdev(gain_of(row for row in mine if row[1] == one.path) for one in samples)
+        spread = round(spread / math.sqrt(max(1, len(samples) - 1)), 4)
+        gains[kind] = {"gain": gain_of(mine), "spread": spread, "bands": bands}
+    file, lora = validation_folder(run.cfg, step) / "gain.json", lora_state_dict(run.transformer)
+    earlier = map(json.loads, (path.read_text() for path in file.parent.parent.glob("step-*/gain.json")))
+    if gains["held_out"]["gain"] > max((row["held_out"]["gain"] for row in earlier if row["step"] < step), default=0):
+        save_lora(run, lora, Path(run.cfg.output_dir) / BEST_FILE)
+    if run.accelerator.is_main_process:
+        write_file(file, json.dumps(gains, indent=2).encode())
+    words = (f"{name.replace('_', '-')} {gains[name]['gain']:.1%} (+-{gains[name]['spread']:.1%})" for name in kinds)
+    say(f"step {step}: the loss is lower than without the LoRA, by {', '.join(words)}")
+    run.accelerator.log({f"gain/{name}": gains[name]["gain"] for name in kinds}, step=step)
+
+
 def validate(run: Run, step: int, is_final: bool = False) -> None:
     """Generate PROMPT-IMAGE.png from the live transformer, split over the processes, and combine them in sheet.png."""
     cfg, prompts, folder = run.cfg, validation_prompts(run.cfg, is_final), validation_folder(run.cfg, step)
     jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
+    if run.plan.held_out:
+        measure_gain(run, step)
     if not jobs:
         return
     record_peak(run.peaks, "training")
@@ -2700,7 +2819,7 @@ def make_empty_batch(size: int, bucket: tuple[int, int], tokens: int, transforme
     """Make a batch without content."""
     embeds = [torch.empty(tokens, transformer.config.cap_feat_dim, dtype=transformer.dtype) for _ in range(size)]
     latents = torch.empty(size, 16, bucket[0] // 8, bucket[1] // 8)
-    return Batch([0] * size, [0.5] * size, latents, embeds, [False] * size, [""] * size)
+    return Batch([0] * size, [0.5] * size, latents, embeds, [False] * size, None, [""] * size)
 
 
 def simulate_encoding(cfg: Config, workload: Workload) -> Phase:
@@ -2863,14 +2982,15 @@ def describe_disk(cfg: Config, plan: Plan, workload: Workload, empty: ZImageTran
 # Artifacts
 # =====================================================================================================================
 
-SHARED_FILES = (LORA_FILE, "README.md", "validation/step-*/*.png")
+SHARED_FILES = (LORA_FILE, BEST_FILE, "README.md", "validation/step-*/*.png")
 TEMPORARY_FILES = (".z-image-*.tmp", "checkpoint-*/.z-image-*.tmp", "validation/step-*/.z-image-*.tmp")
 
 
 def finish_lora(run: Run) -> Path:
     """Write the final LoRA file; load the saved weights back into the live model."""
     output, scale = Path(run.cfg.output_dir), run.cfg.lora_scale
-    unfolded = export_lora(save_lora(run, lora_state_dict(run.transformer), output), 1 / scale, torch.float32)
+    saved = save_lora(run, lora_state_dict(run.transformer), output / LORA_FILE)
+    unfolded = export_lora(saved, 1 / scale, torch.float32)
     load_lora(run.transformer, {name.removeprefix("transformer.transformer."): t for name, t in unfolded.items()})
     return output / LORA_FILE
 
@@ -3120,7 +3240,7 @@ def prepare_output(cfg: Config, chosen: dict[str, Any], accelerator: Accelerator
         is_replaced = cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)
         stale = [path for pattern in TEMPORARY_FILES for path in output.glob(pattern)]  # of a run that was killed
         if is_replaced:
-            images = output.glob("validation/step-*/*.png")
+            images = [*output.glob("validation/step-*/*.png"), *output.glob("validation/step-*/gain.json")]
             stale += [path for path in images if re.fullmatch(r"\d+-\d+|sheet", path.stem)]
             stale += [output / name for name in RUN_FILES]
             folders = [*list_checkpoints(output), *filter(is_half_checkpoint, output.glob("checkpoint-*[0-9]"))]
@@ -3184,9 +3304,10 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     empty = make_empty_transformer(model)
     start, lora = read_lora(given, empty)
     layers, shift = resolve_lora_layers(start.lora_layers, empty), read_timestep_shift(given, model)
-    tokens = tokenize(needed_prompts(plan.samples, given), model, given.max_sequence_length)
-    check_positions(given, plan.samples, tokens, empty.config.axes_lens)
-    bucket = max((sample.bucket for sample in plan.samples), key=math.prod)
+    samples = [*plan.samples, *plan.held_out]
+    tokens = tokenize(needed_prompts(samples, given), model, given.max_sequence_length)
+    check_positions(given, samples, tokens, empty.config.axes_lens)
+    bucket = max((sample.bucket for sample in samples), key=math.prod)
     has_missing = any(not sample.digest for sample in plan.samples)
     workload = Workload(model, layers, bucket, max(map(len, tokens.values())), has_missing)
     cfg, phases = fit(start, plan, workload)
@@ -3211,8 +3332,9 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     record_peak(peaks, "text encoding")
     plan = plan._replace(samples=generate_class_images(plan.samples, encodings))
     record_peak(peaks, "class images")
-    if cfg.cache_latents:
-        fill_latents_cache(plan.samples, encodings)
+    if cfg.cache_latents or plan.held_out:
+        trained = plan.samples if cfg.cache_latents else measured_samples(plan)
+        fill_latents_cache([*trained, *plan.held_out], encodings)
         record_peak(peaks, "latents")
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision])
