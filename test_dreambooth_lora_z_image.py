@@ -219,7 +219,7 @@ def broken_house_rules(source):
 
 def test_house_rules():
     source = SCRIPT.read_text(encoding="utf-8")
-    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3380
+    assert broken_house_rules(source) == [] and len(source.splitlines()) <= 3411
     assert "from __future__" not in source
     assert re.findall(r"\bprint\(.*", source) == [
         "print(printable(redact(sentence, cfg)), file=sys.stderr, flush=True)"
@@ -4953,6 +4953,66 @@ def test_a_run_starts_from_a_lora(kind, model, make_config, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["init_lora"] == str(file)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_training_adapter_is_on_only_while_training(quantization, model, make_config, tmp_path):
+    """Its effect is diffusers' own; validation, the gain, and the file are without it."""
+    file = some_lora("comfy", model, tmp_path)
+    cfg = make_config(
+        training_adapter=str(file), quantization=quantization, validation_prompt=("a",), holdout=1, max_train_steps=2,
+        checkpointing_steps=1, learning_rate=1e-3, validation_steps=1,
+    )  # fmt: skip
+    transformer = z.load_transformer(model, cfg, torch.float32)
+    z.load_training_adapter(transformer, cfg)
+    parameters = z.add_lora(transformer, layers_of(model, cfg.lora_layers), cfg)
+    assert parameters and set(map(id, parameters)) == set(map(id, z.lora_parameters(transformer).values()))
+    assert not any("adapter" in name for name in z.lora_parameters(transformer))
+    pipe = ZImagePipeline.from_pretrained(model, transformer=z.load_transformer(model, cfg, torch.float32))
+    batch, sigmas = make_batch(), torch.tensor([0.3, 0.8])
+
+    def predict(one):
+        with torch.no_grad():
+            return z.predict_velocity(one, batch.latents, sigmas, batch.prompt_embeds)
+
+    base = predict(pipe.transformer)
+    with z.without(transformer, "adapter"):
+        assert torch.allclose(predict(transformer), base, atol=1e-5)
+    pipe.load_lora_weights(str(file))
+    adapted = predict(pipe.transformer)
+    assert torch.allclose(predict(transformer), adapted, atol=1e-5) and (adapted - base).abs().max() > 1e-2
+    run(cfg)
+    plain = dataclasses.replace(cfg, training_adapter=None, output_dir=str(tmp_path / "plain"))
+    run(plain)
+    first = "validation/step-000000/0-0.png"
+    assert (Path(cfg.output_dir) / first).read_bytes() == (Path(plain.output_dir) / first).read_bytes()
+    assert losses_of(cfg)[0] != losses_of(plain)[0] and gains_of(cfg)[0]["training"]["gain"] == 0
+    names = [load_file(Path(one.output_dir, z.LORA_FILE)).keys() for one in (cfg, plain)]
+    assert names[0] == names[1]
+    whole = lora_bytes(cfg)
+    run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
+    assert lora_bytes(cfg) == whole
+
+
+def test_a_training_adapter_that_cannot_be_loaded_is_named(model, make_config, tmp_path):
+    (tmp_path / "a.safetensors").write_text("nonsense")
+    with pytest.raises(UserError, match="--training_adapter .*a.safetensors cannot be loaded"):
+        run(make_config(training_adapter=str(tmp_path / "a.safetensors")))
+
+
+def test_a_distilled_model_is_validated_in_few_steps(model, tmp_path, capsys):
+    common = ["--instance_data_dir=d", "--instance_prompt=p"]
+    presets = {}
+    for name in ("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo", str(model), str(tmp_path / "three")):
+        FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "three" / "scheduler")
+        cfg = parse_config([f"--pretrained_model_name_or_path={name}", *common])
+        presets[Path(name).name] = (cfg.guidance_scale, cfg.num_inference_steps)
+        assert any("Turbo's distillation suffers" in line for line in z.advice(cfg)) == cfg.is_distilled
+    assert list(presets.values()) == [(4.0, 28), (0.0, 9), (4.0, 28), (0.0, 9)], presets
+    cfg = parse_config(["--pretrained_model_name_or_path=a/b-turbo", "--guidance_scale=2", *common])
+    assert (cfg.guidance_scale, cfg.num_inference_steps) == (2.0, 9), "flags take precedence"
+    cfg = parse_config(["--pretrained_model_name_or_path=a/b", "--training_adapter=c/d", *common])
+    assert cfg.num_inference_steps == 9 and not any("distillation" in line for line in z.advice(cfg))
+
+
 def test_a_run_from_a_lora_resumes_exactly(model, make_config, tmp_path):
     cfg = make_config(init_lora=str(some_lora("ours", model, tmp_path)), max_train_steps=2, checkpointing_steps=1)
     run(cfg)
@@ -5325,6 +5385,7 @@ OBSERVED = {
 
 # flags whose difference a test of their own shows
 SHOWN = {
+    "training_adapter": "test_the_training_adapter_is_on_only_while_training",
     "holdout": "test_the_gain_is_measured_on_held_out_and_on_training_images",
     "masked_loss": "test_runs_with_masks_differ_by_the_masks_and_resume_exactly",
     "mask_background": "test_runs_with_masks_differ_by_the_masks_and_resume_exactly",

@@ -282,6 +282,7 @@ class Config:
 
     rank: int = flag(16, "Rank of the LoRA matrices.", at_least=1)
     lora_alpha: float | None = flag(None, "The LoRA is scaled by alpha / rank. Default: rank.", above=0)
+    training_adapter: str | None = flag(None, "LoRA that undoes Turbo's distillation, on only while training.")
     init_lora: str | None = flag(None, "LoRA file to start from; it sets --rank and --lora_layers.")
     lora_dropout: float = flag(0.0, "Dropout probability for the LoRA inputs.", at_least=0, below=1)
     lora_layers: str = flag("to_q,to_k,to_v,to_out.0,w1,w2,w3", "Linear layers to adapt: suffixes, names, or blocks.")
@@ -353,9 +354,9 @@ class Config:
     num_validation_images: int = flag(4, "Images per prompt.", at_least=1)
     validation_epochs: int = flag(50, "Epochs between validations.", at_least=1)
     validation_steps: int | None = flag(None, "Steps between validations; replaces --validation_epochs.", at_least=1)
-    guidance_scale: float = flag(4.0, "Guidance scale; 0 turns it off, as Z-Image-Turbo requires.", at_least=0)
+    guidance_scale: float | None = flag(None, "Guidance scale; 0 is none. Default: 4, or 0 for Turbo.", at_least=0)
     negative_prompt: str = flag("", "Negative prompt for guidance.")
-    num_inference_steps: int = flag(28, "Denoising steps per image.", at_least=1)
+    num_inference_steps: int | None = flag(None, "Denoising steps. Default: 28, or 9 for Turbo.", at_least=1)
     validation_resolution: int | None = flag(None, "Image side. Default: --resolution.", at_least=16, multiple_of=16)
     skip_final_inference: bool = flag(False, "Generate no images after the last step.")
 
@@ -378,6 +379,9 @@ class Config:
                 object.__setattr__(self, name, os.path.expanduser(value))
         for sentence in itertools.chain(misfits(self), contradictions(self)):
             raise UserError(sentence)
+        presets = (0.0, 9) if self.is_distilled else (4.0, 28)
+        for name, value in zip(("guidance_scale", "num_inference_steps"), presets):
+            object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
         if self.enable_npu_flash_attention:
             object.__setattr__(self, "attention_backend", "_native_npu")
 
@@ -385,6 +389,14 @@ class Config:
     def lora_scale(self) -> float:
         """Return the factor alpha / rank that scales the update."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+
+    @property
+    def is_distilled(self) -> bool:
+        """Return whether the model is like Turbo, by its name, its scheduler's shift, or `--training_adapter`."""
+        name, shift = self.pretrained_model_name_or_path or "", None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            shift = json.loads(Path(name, "scheduler", "scheduler_config.json").read_text()).get("shift")
+        return self.training_adapter is not None or "turbo" in Path(name).name.lower() or shift == 3
 
     @property
     def prior_kind(self) -> str | None:
@@ -603,6 +615,8 @@ def advice(cfg: Config) -> Iterator[str]:
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank"):
         if getattr(cfg, name) is not None:
             yield f"--{name} is accepted for compatibility and has no effect"
+    if cfg.is_distilled and cfg.training_adapter is None:
+        yield "Turbo's distillation suffers from training; prefer the base model, or add a --training_adapter"
     if cfg.caption_column is not None and cfg.dataset_name is None:
         yield "--caption_column has no effect without --dataset_name; in a folder, use NAME.txt files"
     if cfg.num_train_epochs is not None and cfg.max_train_steps is not None:
@@ -1330,7 +1344,7 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
     model = sha256(json.dumps(contents).encode())[:12]
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
-        "--prior_preservation": cfg.prior_kind,
+        "--prior_preservation": cfg.prior_kind, "--training_adapter": cfg.training_adapter,
         "--bnb_quantization_config_path": read_bnb_settings(cfg),
         "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
     } | ({"--pretrained_model_name_or_path (a hash of its files)": model} if contents else {})  # fmt: skip
@@ -1869,12 +1883,12 @@ class LeanLora(LoraLinear):
     """A LoRA whose fp32 matrices are cast to the dtype of the input; PEFT casts the input, and saves the copy."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer and, unless it is disabled, its update. (..., K) -> (..., N)"""
-        if self.disable_adapters:
-            return self.base_layer(x)
-        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight * self.scaling["default"]  # (r, K), (N, r)
-        update = F.linear(F.linear(self.lora_dropout["default"](x), a.to(x.dtype)), b.to(x.dtype))
-        return self.base_layer(x) + update
+        """Apply the layer and the updates of its adapters. (..., K) -> (..., N)"""
+        output = self.base_layer(x)
+        for name in (name for name in self.active_adapters if name in self.lora_A):
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]  # (r, K), (N, r)
+            output = output + F.linear(F.linear(self.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype))
+        return output
 
 
 LEAN = {RMSNorm: LeanRMSNorm, FeedForward: LeanFeedForward, LoraLayer: LeanLora}  # ours, for the same weights
@@ -2021,6 +2035,10 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
         init_lora_weights="gaussian",
     )  # fmt: skip
     transformer.add_adapter(settings)
+    if "adapter" in transformer.peft_config:
+        transformer.set_adapters(["default", "adapter"])
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(".default." in name)
     cast_training_params(transformer, torch.float32)
     prepare_blocks(transformer, cfg)
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
@@ -2028,6 +2046,17 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
     # torch's `init_sync`, is not exposed by accelerate.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def load_training_adapter(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
+    """Load the frozen adapter of `--training_adapter`, a file or a Hub name, if there is one."""
+    if cfg.training_adapter is None:
+        return
+    file = Path(cfg.training_adapter)
+    place, name = (str(file.parent), file.name) if file.is_file() else (cfg.training_adapter, None)
+    with explained(f"--training_adapter {cfg.training_adapter} cannot be loaded"):
+        state, settings = ZImagePipeline.lora_state_dict(place, weight_name=name, return_lora_metadata=True)
+        transformer.load_lora_adapter(state, metadata=settings, adapter_name="adapter")
 
 
 def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dict[str, Tensor]]:
@@ -2191,16 +2220,16 @@ def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor, 
 
 
 @contextlib.contextmanager
-def without_lora(transformer: nn.Module) -> Iterator[None]:
-    """Make a transformer the base model for a while."""
+def without(transformer: nn.Module, *adapters: str) -> Iterator[None]:
+    """Turn off adapters for a while: the LoRA ("default"), the one of `--training_adapter` ("adapter"), or both."""
     layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
+    for layer, name in itertools.product(layers, adapters):
+        layer.set_scale(name, 0)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer, name in itertools.product(layers, adapters):
+            layer.set_scale(name, 1)
 
 
 def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: float) -> Tensor:
@@ -2213,7 +2242,7 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: floa
     target = noise - latents  # d noisy_latents / d sigma
     is_prior = torch.tensor(batch.is_prior, device=latents.device)  # (B,)
     if cfg.prior_kind == "base" and (any(batch.is_prior) or is_on("ACCELERATE_USE_FSDP")):  # FSDP needs all processes
-        with torch.no_grad(), without_lora(transformer):
+        with torch.no_grad(), without(transformer, "default"):
             base = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
         target = torch.where(is_prior.view(-1, 1, 1, 1), base.float(), target)
     prior_weights = torch.where(is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
@@ -2621,8 +2650,9 @@ def measure_losses(run: Run, sample: Sample, level: float) -> tuple[float, float
     seed = derive_seed(run.cfg.seed, "gain", sample.digest, level)
     noise, sigmas = sample_noise([seed], latents.shape[1:]).to(device), torch.tensor([level], device=device)
     noisy_latents = mix_noise(latents, noise, sigmas).to(dtype)
-    velocity = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
-    with without_lora(run.transformer):
+    with without(run.transformer, "adapter"):
+        velocity = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
+    with without(run.transformer, "adapter", "default"):
         base = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
     one = torch.ones(1, device=device)
     return tuple(flow_matching_loss(each, noise - latents, one, None).item() for each in (velocity, base))
@@ -2678,7 +2708,7 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
     for prompt, image in share_of(jobs, is_even=True):
         job = (prompts[prompt], cfg.seed + image)
-        with torch.compiler.set_stance("force_eager"):  # not worth minutes of compilation
+        with torch.compiler.set_stance("force_eager"), without(live, "adapter"):  # not worth minutes of compilation
             (sampled,) = sample_images(pipeline, run.encodings, [job], side, on_step_end)
         write_file(folder / f"{prompt}-{image}.png", png_bytes(sampled))
     del pipeline
@@ -3338,6 +3368,7 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
         record_peak(peaks, "latents")
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision])
+    load_training_adapter(transformer, cfg)
     parameters = add_lora(transformer, layers, cfg)
     start_from(lora, transformer, cfg)
     say(describe_lora(transformer, layers, cfg))
