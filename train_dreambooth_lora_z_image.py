@@ -43,6 +43,7 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import inspect
@@ -73,6 +74,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import psutil  # accelerate depends on it
 from filelock import FileLock, Timeout  # torch depends on it
@@ -929,11 +931,9 @@ def plan_samples(cfg: Config) -> list[Sample]:
         if match is not None and match.groups() != (str(cfg.repeats), cfg.instance_prompt):
             say(f"note: {match[0]} sets nothing; use --repeats {match[1]} and --instance_prompt='{match[2]}'")
     if cfg.prior_kind == "base":  # the same images, with the class in place of the trigger
-        word, name = cfg.trigger_word or "", cfg.class_prompt
-        prompts = [one.prompt.replace(word, name) if word and word in one.prompt else name for one in samples]
-        pairs = zip(samples, prompts)
-        changes = {"has_caption": False, "is_prior": True, "mask": None}
-        samples += [dataclasses.replace(one, prompt=prompt, **changes) for one, prompt in pairs]
+        word, kind, more = cfg.trigger_word, cfg.class_prompt, {"has_caption": False, "is_prior": True, "mask": None}
+        prompts = [one.prompt.replace(word, kind) if word and word in one.prompt else kind for one in samples]
+        samples += [dataclasses.replace(one, prompt=text, **more) for one, text in zip(samples, prompts)]
     samples += plan_class_images(cfg) if cfg.prior_kind == "images" else []
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
 
@@ -942,9 +942,8 @@ def hold_out(samples: list[Sample], cfg: Config) -> tuple[list[Sample], tuple[Sa
     """Split the samples into those to train and the last `--holdout` instance images by name."""
     instances = [sample for sample in samples if not sample.is_prior]
     require(cfg.holdout < len(instances), f"--holdout {cfg.holdout} leaves none of {len(instances)} images to train")
-    held_out = tuple(instances[len(instances) - cfg.holdout :])
-    paths = {sample.path for sample in held_out}
-    return [sample for sample in samples if sample.path not in paths], held_out
+    held_out = {sample.path: sample for sample in instances[len(instances) - cfg.holdout :]}
+    return [sample for sample in samples if sample.path not in held_out], tuple(held_out.values())
 
 
 def plan_class_images(cfg: Config) -> list[Sample]:
@@ -1106,7 +1105,7 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
 
 LORA_FILE, STATE_FILE = "pytorch_lora_weights.safetensors", "state.safetensors"
 BEST_FILE = "pytorch_lora_weights_best.safetensors"
-RUN_FILES = (LORA_FILE, BEST_FILE, "config.json", "metrics.jsonl", "README.md")
+RUN_FILES = (LORA_FILE, BEST_FILE, "report.html", "config.json", "metrics.jsonl", "README.md")
 COMPONENTS = {
     "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
     "text_encoder": "config.json", "vae": "config.json", "transformer": "config.json",
@@ -1618,15 +1617,11 @@ def sample_augmentation(cfg: Config, number: int) -> tuple[bool, tuple[float, fl
     """Sample whether an example is flipped, and where it is cropped: from the top left (0, 0) to (1, 1)."""
     chance = random.Random(derive_seed(cfg.seed, "augmentation", number))
     is_flipped, centering = chance.random() < 0.5, (chance.random(), chance.random())
-    return is_flipped and cfg.random_flip, CENTER if cfg.center_crop else centering
+    return is_flipped and cfg.random_flip, CENTER if cfg.center_crop or cfg.cache_latents else centering
 
 
 def sample_quantile(cfg: Config, number: int) -> float:
-    """Choose where the noise level of an example lies in the distribution of levels, from 0 to 1.
-
-    Stratified, successive quantiles advance by the golden ratio, modulo 1. This sequence has the lowest discrepancy in
-    one dimension (Niederreiter 1992, chapter 3): any few examples in a row cover all levels evenly.
-    """
+    """Choose an example's place among all noise levels, 0 to 1, by the golden ratio (Niederreiter 1992) or freely."""
     start = random.Random(derive_seed(cfg.seed, "sigma", 0 if cfg.stratified_noise else number)).random()
     return (start + number * (math.sqrt(5) - 1) / 2) % 1 if cfg.stratified_noise else start
 
@@ -1758,7 +1753,6 @@ def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodi
             else:
                 images.append(load_pixels(sample, is_flipped, centering))
             if cfg.masked_loss:
-                centering = CENTER if cfg.cache_latents else centering
                 masks.append(load_mask(sample, is_flipped, centering, cfg.mask_background))
             prompt_embeds.append(load_file(encodings.prompt(choose_prompt(sample, cfg, number)))["prompt_embeds"])
     return Batch(
@@ -2049,9 +2043,7 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
 
 
 def load_training_adapter(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
-    """Load the frozen adapter of `--training_adapter`, a file or a Hub name, if there is one."""
-    if cfg.training_adapter is None:
-        return
+    """Load the frozen adapter of `--training_adapter`, a file or a Hub name."""
     file = Path(cfg.training_adapter)
     place, name = (str(file.parent), file.name) if file.is_file() else (cfg.training_adapter, None)
     with explained(f"--training_adapter {cfg.training_adapter} cannot be loaded"):
@@ -2060,10 +2052,7 @@ def load_training_adapter(transformer: ZImageTransformer2DModel, cfg: Config) ->
 
 
 def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dict[str, Tensor]]:
-    """Read `--init_lora` in any format that diffusers knows. Returns a config of its rank and layers, and its tensors.
-
-    Its scale is folded into lora_B. Raises UserError if it is not a plain LoRA for linear layers of this transformer.
-    """
+    """Read `--init_lora`; return a config with its rank and layers, and its tensors. Raises UserError if it is odd."""
     if cfg.init_lora is None:
         return cfg, {}
     file, linear = Path(cfg.init_lora), [(n, m) for n, m in empty.named_modules() if isinstance(m, nn.Linear)]
@@ -2071,18 +2060,18 @@ def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dic
         options = {"weight_name": file.name, "local_files_only": True, "return_lora_metadata": True}
         found, settings = ZImagePipeline.lora_state_dict(str(file.parent), **options)
     get = (settings or {"transformer.r": 1, "transformer.lora_alpha": 1}).get
-    scale, odd = get("transformer.lora_alpha") / get("transformer.r"), ["alpha_pattern", "use_rslora"]
-    odd = [name for name in odd if get(f"transformer.{name}")]
+    scale = get("transformer.lora_alpha") / get("transformer.r")
+    odd = [name for name in ("alpha_pattern", "use_rslora") if get(f"transformer.{name}")]
     found = {name.removeprefix("transformer."): tensor.float() for name, tensor in found.items()}
-    sizes = {f"{name}.lora_A.weight": module.in_features for name, module in linear}
-    sizes |= {f"{name}.lora_B.weight": module.out_features for name, module in linear}
+    sides = {"lora_A": "in_features", "lora_B": "out_features"}.items()
+    sizes = {f"{name}.{half}.weight": getattr(module, side) for name, module in linear for half, side in sides}
     odd += [name for name, tensor in found.items() if sizes.get(name) != tensor.shape["lora_A" in name]]
     layers = sorted({name.rsplit(".", 2)[0] for name in found})
     is_whole = not odd and 0 < 2 * len(layers) == len(found)
     problem = f"is no plain LoRA for linear layers of this model: {', '.join(odd[:3]) or 'it is incomplete'}"
     require(is_whole, f"--init_lora {file} {problem}")
+    rank = max(len(tensor) for name, tensor in found.items() if "lora_A" in name)
     lora = {name: tensor * (scale if "lora_B" in name else 1) for name, tensor in found.items()}
-    rank = max(len(tensor) for name, tensor in lora.items() if "lora_A" in name)
     return dataclasses.replace(cfg, rank=rank, lora_layers=",".join(layers)), lora
 
 
@@ -2211,17 +2200,17 @@ def predict_velocity(
     return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
 
 
-def flow_matching_loss(velocity: Tensor, target: Tensor, image_weights: Tensor, masks: Tensor | None) -> Tensor:
+def flow_matching_loss(velocity: Tensor, target: Tensor, weights: Tensor, masks: Tensor | None = None) -> Tensor:
     """Compute the mean squared error, weighted by image and place. (B, 16, h, w) x 2, (B,), (B, 1, h, w) -> scalar"""
     squares = (velocity.float() - target.float()).square()  # (B, 16, h, w)
     if masks is not None:  # relative to their mean: an image counts as one whatever its mask
         squares = squares * masks / masks.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
-    return (image_weights * squares.mean(dim=(1, 2, 3))).mean()
+    return (weights * squares.mean(dim=(1, 2, 3))).mean()
 
 
 @contextlib.contextmanager
 def without(transformer: nn.Module, *adapters: str) -> Iterator[None]:
-    """Turn off adapters for a while: the LoRA ("default"), the one of `--training_adapter` ("adapter"), or both."""
+    """Turn off adapters for a while: the LoRA ("default"), that of `--training_adapter` ("adapter"), or both."""
     layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
     for layer, name in itertools.product(layers, adapters):
         layer.set_scale(name, 0)
@@ -2633,12 +2622,8 @@ def validation_folder(cfg: Config, step: int) -> Path:
     return Path(cfg.output_dir) / "validation" / f"step-{step:06d}"
 
 
+CURVES = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five bands of noise levels
-
-
-def measured_samples(plan: Plan) -> list[Sample]:
-    """Choose as many training images as are held out."""
-    return [sample for sample in plan.samples if not sample.is_prior][: len(plan.held_out)]
 
 
 @torch.no_grad()
@@ -2655,7 +2640,7 @@ def measure_losses(run: Run, sample: Sample, level: float) -> tuple[float, float
     with without(run.transformer, "adapter", "default"):
         base = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
     one = torch.ones(1, device=device)
-    return tuple(flow_matching_loss(each, noise - latents, one, None).item() for each in (velocity, base))
+    return tuple(flow_matching_loss(each, noise - latents, one).item() for each in (velocity, base))
 
 
 def gain_of(rows: Iterable[tuple[Any, ...]]) -> float:
@@ -2665,11 +2650,9 @@ def gain_of(rows: Iterable[tuple[Any, ...]]) -> float:
 
 
 def measure_gain(run: Run, step: int) -> None:
-    """Measure the gain on held-out and on as many training images, write it to gain.json, and keep the best LoRA.
-
-    Losses are compared at equal noise, so a few images suffice; `spread` is the standard error over the images.
-    """
-    kinds, gains = {"held_out": run.plan.held_out, "training": measured_samples(run.plan)}, {"step": step}
+    """Write the gain on held-out and on training images, with its standard error, and keep the best LoRA."""
+    kinds, gains = {"held_out": run.plan.held_out}, {"step": step}
+    kinds["training"] = [sample for sample in run.plan.samples if not sample.is_prior][: len(run.plan.held_out)]
     jobs = [(kind, sample, level) for kind, samples in kinds.items() for sample in samples for level in LEVELS]
     run.transformer.eval()
     with torch.compiler.set_stance("force_eager"):
@@ -2680,7 +2663,7 @@ def measure_gain(run: Run, step: int) -> None:
         mine = [row for row in rows if row[0] == kind]
         bands = {level: gain_of(row for row in mine if row[2] == level) for level in LEVELS}
         spread = statistics.pstdev(gain_of(row for row in mine if row[1] == one.path) for one in samples)
-        spread = round(spread / math.sqrt(max(1, len(samples) - 1)), 4)
+        spread = round(spread / math.sqrt(len(samples) - 1), 4) if len(samples) > 1 else None
         gains[kind] = {"gain": gain_of(mine), "spread": spread, "bands": bands}
     file, lora = validation_folder(run.cfg, step) / "gain.json", lora_state_dict(run.transformer)
     earlier = map(json.loads, (path.read_text() for path in file.parent.parent.glob("step-*/gain.json")))
@@ -2688,9 +2671,71 @@ def measure_gain(run: Run, step: int) -> None:
         save_lora(run, lora, Path(run.cfg.output_dir) / BEST_FILE)
     if run.accelerator.is_main_process:
         write_file(file, json.dumps(gains, indent=2).encode())
-    words = (f"{name.replace('_', '-')} {gains[name]['gain']:.1%} (+-{gains[name]['spread']:.1%})" for name in kinds)
-    say(f"step {step}: the loss is lower than without the LoRA, by {', '.join(words)}")
+    words = (f"by {gains[name]['gain']:.1%} on {name.replace('_', '-')} images" for name in kinds)
+    say(f"step {step}: the LoRA lowers the loss {' and '.join(words)}")
     run.accelerator.log({f"gain/{name}": gains[name]["gain"] for name in kinds}, step=step)
+
+
+REPORT = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 64em; margin: auto; padding: 1em }}
+table {{ display: block; overflow-x: auto; border-collapse: collapse }} td {{ border: 1px solid; padding: 5px }}
+img {{ width: 9em; display: block }} svg {{ max-width: 40em; font-size: 12px }} polyline {{ fill: none }}</style>
+</head><body><h1>{title}</h1>{curves}{tables}</body></html>
+"""
+
+
+def draw_curves(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
+    """Draw curves over the steps as inline SVG with labeled axes; nothing without two points."""
+    points = list(itertools.chain.from_iterable(curves.values()))
+    if len({x for x, _ in points}) < 2:
+        return ""
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points))
+    drawn = ""
+    wide, tall = 500 / (right - left), 150 / (high - low or 1)
+    for (name, curve), color, row in zip(curves.items(), ("#1f77b4", "#d62728"), (12, 26)):
+        places = ((70 + wide * (x - left), 190 - tall * (y - low)) for x, y in curve)
+        drawn += f'<polyline stroke="{color}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
+        drawn += f'<text x="70" y="{row}" fill="{color}">{name}</text>'
+    labels = ((66, 194, "end", f"{low:.3g}"), (66, 44, "end", f"{high:.3g}"), (70, 206, "start", f"step {left}"))
+    for x, y, anchor, label in (*labels, (570, 206, "end", f"step {right}")):
+        drawn += f'<text x="{x}" y="{y}" text-anchor="{anchor}">{label}</text>'
+    drawn += '<path d="M70 40V190H570" fill="none" stroke="#888"/>'
+    return f'<h2>{title}</h2><svg viewBox="0 0 600 210" role="img" aria-label="{title}">{drawn}</svg>'
+
+
+def html_table(title: str, rows: list[list[Any]]) -> str:
+    """Format rows as a table; a Path is an image beside the report, everything else is text. Empty without rows."""
+    image = '<a href="{0}"><img src="{0}" alt=""></a>'.format
+    rows = [[image(quote(f"{x}")) if isinstance(x, Path) else html.escape(f"{x}") for x in row] for row in rows]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<h2>{title}</h2><table>{body}</table>" if rows else ""
+
+
+def write_report(run: Run, record: dict[str, Any]) -> None:
+    """Write report.html, which shows the run in any browser, without JavaScript and without a network."""
+    cfg, output, samples = run.cfg, Path(run.cfg.output_dir), [*run.plan.samples, *run.plan.held_out]
+    folders, prompts = sorted(output.glob("validation/step-*")), validation_prompts(cfg, is_final=True)
+    file = output / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []  # none before step 1
+    series = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in CURVES}
+    steps, losses = zip(*series["loss"]) if series["loss"] else ((), ())
+    window = 2 + len(losses) // 20
+    means = [(step, statistics.fmean(losses[max(0, n - window) : n])) for n, step in enumerate(steps, start=1)]
+    gains = [json.loads(file.read_text()) for file in sorted(output.glob("validation/step-*/gain.json"))]
+    gains = {name: [(row["step"], row[name]["gain"]) for row in gains] for name in ("held_out", "training")}
+    curves = draw_curves("Loss", {f"mean of the last {window} steps": means})
+    curves += draw_curves("Gain over the base model", gains)
+    curves += "".join(draw_curves(CURVES[name], {name: series[name]}) for name in list(CURVES)[1:])
+    grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in folders)]] * bool(prompts)
+    for number, image in itertools.product(range(len(prompts)), range(cfg.num_validation_images)):
+        files = [folder / f"{number}-{image}.png" for folder in folders]
+        grid.append([prompts[number], *(file.relative_to(output) if file.exists() else "" for file in files)])
+    images = [[one.path.name, f"{one.size[1]} x {one.size[0]}", one.prompt] for one in samples if not one.is_prior]
+    tables = {"Images, from the base model to the LoRA": grid, "Data": images, "Memory and speed": record.items()}
+    tables = "".join(html_table(*table) for table in (tables | {"Settings": shareable_settings(cfg).items()}).items())
+    title = f"Z-Image LoRA: {html.escape(output.resolve().name)}"
+    write_file(output / "report.html", REPORT.format(title=title, curves=curves, tables=tables).encode())
 
 
 def validate(run: Run, step: int, is_final: bool = False) -> None:
@@ -2721,6 +2766,7 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
         sheet = make_image_grid(images, len(prompts), cfg.num_validation_images, min(512, side))
         write_file(folder / "sheet.png", png_bytes(sheet))
         log_images(run.accelerator, images, [prompts[prompt] for prompt, _ in jobs], step)
+        write_report(run, {})
         say(f"step {step}: images in {folder}")
 
 
@@ -3363,12 +3409,12 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     plan = plan._replace(samples=generate_class_images(plan.samples, encodings))
     record_peak(peaks, "class images")
     if cfg.cache_latents or plan.held_out:
-        trained = plan.samples if cfg.cache_latents else measured_samples(plan)
-        fill_latents_cache([*trained, *plan.held_out], encodings)
+        fill_latents_cache([*plan.samples, *plan.held_out], encodings)
         record_peak(peaks, "latents")
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision])
-    load_training_adapter(transformer, cfg)
+    if cfg.training_adapter is not None:
+        load_training_adapter(transformer, cfg)
     parameters = add_lora(transformer, layers, cfg)
     start_from(lora, transformer, cfg)
     say(describe_lora(transformer, layers, cfg))
@@ -3382,6 +3428,7 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         save_config(given, {"chosen": chosen} | record)
         save_model_card(cfg, plan, record)
+        write_report(run, record)
     accelerator.end_training()
     if repository is not None:
         push(cfg, repository)
