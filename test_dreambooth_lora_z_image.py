@@ -1,8 +1,9 @@
 """Tests of `train_dreambooth_lora_z_image.py`, on a CPU, with tiny models and without a network.
 
 Run all tests with `python -m pytest`, or in two processes with `-n 2` (pytest-xdist). Long tests run only if selected:
-`-m benchmark` measures memory; `-m soak` kills runs and compares their results with those of uninterrupted runs;
-`-m gpu` trains a full-size random model on a CUDA GPU; `-m oldest` installs the oldest versions and runs the demo.
+`-m benchmark` measures memory; `-m ablation` compares settings on the toy model; `-m soak` kills runs and compares
+their results with those of uninterrupted runs; `-m gpu` trains a full-size random model on a CUDA GPU; `-m oldest`
+installs the oldest versions and runs the demo.
 """
 
 import ast
@@ -4189,6 +4190,9 @@ KILLED = {
     },
     "Prodigy, bf16": {"optimizer": "prodigy", "learning_rate": 1.0, "mixed_precision": "bf16"},
     "8-bit weights, time": {"quantization": "int8", "checkpointing_minutes": 1e-9, "checkpoints_total_limit": 2},
+    "base model as prior, captions, holdout": {
+        "with_prior_preservation": False, "prior_preservation": "base", "caption_dropout": 0.3, "holdout": 1,
+    },
 }  # fmt: skip
 
 
@@ -4707,10 +4711,9 @@ def test_the_file_gives_the_images_of_the_final_validation(alpha, make_config, m
     )
     pipe.load_lora_weights(tmp_path / "out")
     for prompt, image in itertools.product(range(2), repeat=2):
-        difference = (
-            (pixels_of(sampled(prompt, image)) - pixels_of(Image.open(folder / f"{prompt}-{image}.png"))).abs().max()
-        )
-        assert difference <= (0 if alpha is None else 1)
+        saved = pixels_of(Image.open(folder / f"{prompt}-{image}.png"))
+        difference = (pixels_of(sampled(prompt, image)) - saved).abs()
+        assert difference.max() <= 1 and (difference > 0).sum() <= 3, "but for rounding to 8 bits"
     assert not torch.equal(pixels_of(sampled(0, 0)), pixels_of(Image.open(baseline)))
     assert Image.open(folder / "sheet.png").size == (64, 64)
 
@@ -5143,7 +5146,7 @@ def test_overwriting_removes_only_what_this_program_wrote(make_config, tmp_path)
     assert left == {
         "notes.txt", "validation", "checkpoint-mine", "checkpoint-2",
         "pytorch_lora_weights.safetensors", "config.json",
-        "metrics.jsonl", "README.md",
+        "metrics.jsonl", "README.md", "report.html",
     }  # fmt: skip
     left = sorted(path.name for path in (tmp_path / "out" / "validation").rglob("*"))
     assert left == ["1-mine-2.png", "mine.png", "step-000000"], "a folder that is empty goes, too"
@@ -5403,7 +5406,7 @@ OBSERVED = {
     "resolution": (planned, 32, 48, {}),
     "use_aspect_ratio_buckets": (planned, False, True, {"resolution": 96}),
     "aspect_ratio_buckets": (planned, None, "16,32;48,48", {}),
-    "center_crop": (augmentations, False, True, {}),
+    "center_crop": (augmentations, False, True, {"cache_latents": False}),
     "random_flip": (augmentations, False, True, {}),
     "seed": (order, 0, 1, {}),
     "with_prior_preservation": (planned, False, True, PRIOR),
@@ -5565,6 +5568,82 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1e3)
     assert peaks[1] - peaks[0] < 300, peaks
+
+
+# =====================================================================================================================
+# Ablation
+# =====================================================================================================================
+
+TOY_FOLDER = Path(os.environ.get("Z_IMAGE_TOY", HERE.parent / "shared" / "toy"))
+ATTENTION, FEED_FORWARD = "to_k,to_q,to_v,to_out.0", "w1,w2,w3"
+BASE = ["--prior_preservation=base", "--trigger_word=sks badge", "--class_prompt=circle"]
+ABLATION = {  # flags of each row
+    "defaults": [],
+    "independent noise levels": ["--stratified_noise=false"],
+    "uniform noise levels": ["--weighting_scheme=none"],
+    "logit_mean -0.5": ["--logit_mean=-0.5"],
+    "timestep_shift 2": ["--timestep_shift=2"],
+    "timestep_shift 3": ["--timestep_shift=3"],
+    "timestep_shift 6": ["--timestep_shift=6"],
+    "attention only": [f"--lora_layers={ATTENTION}"],
+    "attention, feed-forward, adaLN": [f"--lora_layers={ATTENTION},{FEED_FORWARD},adaLN_modulation.0"],
+    "without refiners": ["--lora_layers=layers"],
+    "rank 4": ["--rank=4"],
+    "rank 64": ["--rank=64"],
+    "alpha = rank / 4": ["--lora_alpha=4"],
+    "learning rate 5e-4": ["--learning_rate=5e-4"],
+    "learning rate 2e-3": ["--learning_rate=2e-3"],
+    "learning rate 2e-3, cosine": ["--learning_rate=2e-3", "--lr_scheduler=cosine"],
+    "Prodigy": ["--optimizer=prodigy", "--learning_rate=1"],
+    "lora_dropout 0.1": ["--lora_dropout=0.1"],
+    "caption_dropout 0.1": ["--caption_dropout=0.1"],
+    "one prompt, no captions": ["--instance_prompt=a photo of sks badge"],
+    "base model preserved": BASE,
+    "base model preserved, shift 3": [*BASE, "--timestep_shift=3"],
+    "base model preserved, shift 3, adaLN": [
+        *BASE, "--timestep_shift=3", f"--lora_layers={ATTENTION},{FEED_FORWARD},adaLN_modulation.0",
+    ],
+}  # fmt: skip
+
+
+def toy_row(job):
+    """Train on the toy and score the LoRA, in processes of their own."""
+    folder, name, seed = job
+    images = folder / ("images" if "--instance_prompt" in "".join(ABLATION[name]) else "captioned")
+    output = folder / f"{list(ABLATION).index(name)}-{seed}"
+    flags = [f"--pretrained_model_name_or_path={TOY_FOLDER / 'toy-z-image'}", f"--instance_data_dir={images}"]
+    flags += ["--resolution=64", "--mixed_precision=no", "--rank=16", "--learning_rate=1e-3", "--max_train_steps=300"]
+    flags += ["--train_batch_size=4", "--cache_latents", f"--seed={seed}", f"--cache_dir={folder / 'cache'}"]
+    done = run_script(*flags, f"--output_dir={output}", *ABLATION[name], cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()][100:]
+    score = [sys.executable, str(TOY_FOLDER / "score.py"), str(output)]
+    figures = json.loads(subprocess.run(score, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return name, figures | {"std of the loss": torch.tensor(losses).std().item()}
+
+
+@pytest.mark.ablation
+@pytest.mark.skipif(not TOY_FOLDER.is_dir(), reason="needs the toy in ../shared/toy, or in Z_IMAGE_TOY")
+def test_ablation(tmp_path):
+    """Train with every row of `ABLATION` and three seeds; print the README's table: mean (smallest to largest)."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    for name in ("images", "captioned"):
+        subprocess.run([sys.executable, str(TOY_FOLDER / "score.py"), "instances", str(tmp_path / name)], check=True)
+    for number, color in enumerate(("blue", "white", "orange", "black", "green")):
+        (tmp_path / "captioned" / f"{number}.txt").write_text(f"a sks badge on a {color} background")
+    jobs, found = [(tmp_path, name, seed) for seed in range(3) for name in ABLATION], collections.defaultdict(list)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, figures in pool.map(toy_row, jobs):
+            found[name].append(figures)
+            print(name, figures, flush=True)
+    columns = list(figures)
+    print(f"\n| | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
+    for name, rows in found.items():
+        values = ([row[column] for row in rows] for column in columns)
+        cells = [f"{sum(row) / len(row):.4f} ({min(row):.4f} to {max(row):.4f})" for row in values]
+        print(f"| {name} | {' | '.join(cells)} |")
+    assert {len(rows) for rows in found.values()} == {3}
 
 
 # =====================================================================================================================

@@ -1878,11 +1878,11 @@ class LeanLora(LoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer and the updates of its adapters. (..., K) -> (..., N)"""
-        output = self.base_layer(x)
+        updates = []
         for name in (name for name in self.active_adapters if name in self.lora_A):
             a, b = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]  # (r, K), (N, r)
-            output = output + F.linear(F.linear(self.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype))
-        return output
+            updates.append(F.linear(F.linear(self.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype)))
+        return sum(updates, start=self.base_layer(x))  # not before the updates: it would be held beside their inputs
 
 
 LEAN = {RMSNorm: LeanRMSNorm, FeedForward: LeanFeedForward, LoraLayer: LeanLora}  # ours, for the same weights
