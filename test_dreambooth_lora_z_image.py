@@ -5110,8 +5110,10 @@ def test_a_file_that_is_no_lora_of_this_model_is_refused(model, make_config, tmp
     (tmp_path / "odd.safetensors").write_text("nonsense")
     with pytest.raises(UserError, match="--init_lora .*odd.safetensors cannot be loaded"):
         z.read_lora(make_config(init_lora=str(tmp_path / "odd.safetensors")), empty)
-    with pytest.raises(UserError, match="--init_lora nowhere is not a file"):
-        z.make_plan(make_config(init_lora="nowhere"))
+    torch.save(state, tmp_path / "odd.bin")
+    for name in ("nowhere.safetensors", str(tmp_path), str(tmp_path / "odd.bin")):
+        with pytest.raises(UserError, match="--init_lora .* is not a .safetensors file; specify one"):
+            z.make_plan(make_config(init_lora=name))
 
 
 def test_model_card(make_config, tmp_path):

@@ -381,9 +381,8 @@ class Config:
                 object.__setattr__(self, name, os.path.expanduser(value))
         for sentence in itertools.chain(misfits(self), contradictions(self)):
             raise UserError(sentence)
-        presets = (0.0, 9) if self.is_distilled else (4.0, 28)
-        for name, value in zip(("guidance_scale", "num_inference_steps"), presets):
-            object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
+        for key, value in zip(("guidance_scale", "num_inference_steps"), (0.0, 9) if self.is_distilled else (4.0, 28)):
+            object.__setattr__(self, key, value if getattr(self, key) is None else getattr(self, key))
         if self.enable_npu_flash_attention:
             object.__setattr__(self, "attention_backend", "_native_npu")
 
@@ -1271,7 +1270,8 @@ def check_components(model: Path, cfg: Config) -> None:
 def check_model(cfg: Config) -> None:
     """Reject a name that is neither a complete model folder nor a possible Hub name, and a LoRA that is no file."""
     name, lora = cfg.pretrained_model_name_or_path, cfg.init_lora
-    require(lora is None or Path(lora).is_file(), f"--init_lora {lora} is not a file; specify a .safetensors file")
+    is_file = lora is None or (Path(lora).suffix == ".safetensors" and Path(lora).is_file())  # no pickles
+    require(is_file, f"--init_lora {lora} is not a .safetensors file; specify one")
     if os.path.exists(name):
         return check_components(Path(name), cfg)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
