@@ -5577,7 +5577,7 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
 # =====================================================================================================================
 
 TOY_FOLDER = Path(os.environ.get("Z_IMAGE_TOY", HERE.parent / "shared" / "toy"))
-ATTENTION, FEED_FORWARD = "to_k,to_q,to_v,to_out.0", "w1,w2,w3"
+TOY_ATTENTION, TOY_FEED_FORWARD = "to_k,to_q,to_v,to_out.0", "w1,w2,w3"
 BASE = ["--prior_preservation=base", "--trigger_word=sks badge", "--class_prompt=circle"]
 ABLATION = {  # flags of each row
     "defaults": [],
@@ -5587,8 +5587,8 @@ ABLATION = {  # flags of each row
     "timestep_shift 2": ["--timestep_shift=2"],
     "timestep_shift 3": ["--timestep_shift=3"],
     "timestep_shift 6": ["--timestep_shift=6"],
-    "attention only": [f"--lora_layers={ATTENTION}"],
-    "attention, feed-forward, adaLN": [f"--lora_layers={ATTENTION},{FEED_FORWARD},adaLN_modulation.0"],
+    "attention only": [f"--lora_layers={TOY_ATTENTION}"],
+    "attention, feed-forward, adaLN": [f"--lora_layers={TOY_ATTENTION},{TOY_FEED_FORWARD},adaLN_modulation.0"],
     "without refiners": ["--lora_layers=layers"],
     "rank 4": ["--rank=4"],
     "rank 64": ["--rank=64"],
@@ -5603,7 +5603,7 @@ ABLATION = {  # flags of each row
     "base model preserved": BASE,
     "base model preserved, shift 3": [*BASE, "--timestep_shift=3"],
     "base model preserved, shift 3, adaLN": [
-        *BASE, "--timestep_shift=3", f"--lora_layers={ATTENTION},{FEED_FORWARD},adaLN_modulation.0",
+        *BASE, "--timestep_shift=3", f"--lora_layers={TOY_ATTENTION},{TOY_FEED_FORWARD},adaLN_modulation.0",
     ],
 }  # fmt: skip
 
