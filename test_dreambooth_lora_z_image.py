@@ -5068,6 +5068,8 @@ def test_the_training_adapter_is_on_only_while_training(quantization, model, mak
 
 def test_a_training_adapter_that_cannot_be_loaded_is_named(model, make_config, tmp_path):
     (tmp_path / "a.safetensors").write_text("nonsense")
+    with pytest.raises(UserError, match="--training_adapter .*b.safetensors is not a file"):
+        z.make_plan(make_config(training_adapter=str(tmp_path / "b.safetensors")))
     with pytest.raises(UserError, match="--training_adapter .*a.safetensors cannot be loaded"):
         run(make_config(training_adapter=str(tmp_path / "a.safetensors")))
 

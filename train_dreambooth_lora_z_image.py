@@ -750,11 +750,10 @@ def find_mask(path: Path, size: tuple[int, int]) -> Path | None:
     for mask in (path.with_name(f"{path.stem}{ending}") for ending in MASK_ENDINGS):
         if mask.is_file():
             with explained(f"--masked_loss: {mask} is not an image"):
-                found = load_image(mask).size[::-1]
-            require(found == size, f"--masked_loss: {mask} is not of the size of its image; resize or remove it")
+                is_equal = load_image(mask).size == size[::-1]
+            require(is_equal, f"--masked_loss: {mask} is not of the size of its image; resize or remove it")
             return mask
-    with Image.open(path) as image:
-        return path if image.has_transparency_data else None
+    return path if Image.open(path).has_transparency_data else None
 
 
 def select_images(files: list[Path]) -> list[Path]:
@@ -1269,9 +1268,11 @@ def check_components(model: Path, cfg: Config) -> None:
 
 def check_model(cfg: Config) -> None:
     """Reject a name that is neither a complete model folder nor a possible Hub name, and a LoRA that is no file."""
-    name, lora = cfg.pretrained_model_name_or_path, cfg.init_lora
+    name, lora, adapter = cfg.pretrained_model_name_or_path, cfg.init_lora, cfg.training_adapter or ""
     is_file = lora is None or (Path(lora).suffix == ".safetensors" and Path(lora).is_file())  # no pickles
     require(is_file, f"--init_lora {lora} is not a .safetensors file; specify one")
+    is_file = not adapter.endswith(".safetensors") or Path(adapter).is_file()  # else a Hub name
+    require(is_file, f"--training_adapter {adapter} is not a file")
     if os.path.exists(name):
         return check_components(Path(name), cfg)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
@@ -2067,9 +2068,8 @@ def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dic
     sizes = {f"{name}.{half}.weight": getattr(module, side) for name, module in linear for half, side in sides}
     odd += [name for name, tensor in found.items() if sizes.get(name) != tensor.shape["lora_A" in name]]
     layers = sorted({name.rsplit(".", 2)[0] for name in found})
-    is_whole = not odd and 0 < 2 * len(layers) == len(found)
-    problem = f"is no plain LoRA for linear layers of this model: {', '.join(odd[:3]) or 'it is incomplete'}"
-    require(is_whole, f"--init_lora {file} {problem}")
+    problem = f"{file} is no plain LoRA for linear layers of this model: {', '.join(odd[:3]) or 'it is incomplete'}"
+    require(not odd and 0 < 2 * len(layers) == len(found), f"--init_lora {problem}")
     rank = max(len(tensor) for name, tensor in found.items() if "lora_A" in name)
     lora = {name: tensor * (scale if "lora_B" in name else 1) for name, tensor in found.items()}
     return dataclasses.replace(cfg, rank=rank, lora_layers=",".join(layers)), lora
