@@ -346,7 +346,7 @@ class Config:
     compile: bool = flag(False, "Compile the blocks with torch.compile; the first steps take minutes.")
     attention_backend: str = flag("native", "Attention kernel, as in diffusers: native, _native_cudnn, ...")
     enable_npu_flash_attention: bool = flag(False, "Old name for --attention_backend _native_npu.")
-    deterministic: bool = flag(False, "Use kernels that repeat a run exactly on a GPU; attention is slower.")
+    deterministic: bool = flag(False, "Use only kernels that repeat a run exactly on a GPU; some are slower.")
     allow_tf32: bool = flag(False, "Use TF32 for fp32 matmuls on Ampere and later GPUs.")
     dataloader_num_workers: int = flag(2, "Number of batches that are loaded ahead, each in a thread.", at_least=0)
     fsdp_text_encoder: bool = flag(False, "Accepted for compatibility; has no effect.")
