@@ -20,7 +20,7 @@ Read the file from top to bottom: a section uses only the sections above it.
     Config                  every flag, one line each, and the combinations that are rejected
     Plan                    images, captions, buckets, the order of the examples, the length of the run
     Checks                  errors found before a model is loaded; the checkpoint to resume from
-    Encoders and caches     prompts and images become embeddings and latents, once, on disk; `Batch`
+    Encoders and caches     embeddings and latents, once, on disk; what is random about an example; `Batch`
     Transformer and LoRA    the frozen model and the weights trained on top of it
     Objective               flow matching as pure functions; `training_loss`
     Training                `train`: the loop; learning rate, checkpoints, resuming
@@ -83,9 +83,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 
-# =====================================================================================================================
-# Words and files
-# =====================================================================================================================
+# ==== Words and files ================================================================================================
 
 
 class UserError(ValueError):
@@ -215,9 +213,7 @@ def read_sealed(path: Path) -> dict[str, str] | None:
         return None
 
 
-# =====================================================================================================================
-# Config
-# =====================================================================================================================
+# ==== Config =========================================================================================================
 
 BOUNDS = {
     "at_least": (lambda value, bound: value >= bound, "must be at least"),
@@ -294,7 +290,7 @@ class Config:
     logit_std: float = flag(1.0, "Standard deviation for logit_normal.", above=0)
     mode_scale: float = flag(1.29, "Scale for weighting scheme mode.")
     stratified_noise: bool = flag(True, "Spread the noise levels of successive examples evenly.")
-    timestep_shift: str = flag("1", "Shift s of noise levels, s x / (1 + (s - 1) x); 'scheduler' uses the model's.")
+    timestep_shift: str = flag("3", "Shift s of noise levels, s x / (1 + (s - 1) x); 'scheduler' uses the model's.")
     masked_loss: bool = flag(False, "Weigh the loss by NAME-masklabel.png, NAME.mask.png, or the alpha channel.")
     mask_background: float = flag(0.05, "Weight of what a mask leaves black, relative to white.", at_least=0, below=1)
     prior_loss_weight: float = flag(1.0, "Weight of a class image relative to an instance image.", at_least=0)
@@ -312,7 +308,7 @@ class Config:
     prodigy_use_bias_correction: bool = flag(True, "Use Adam's bias correction in Prodigy.")
     prodigy_safeguard_warmup: bool = flag(True, "Keep the warmup from distorting Prodigy's estimate.")
     max_grad_norm: float = flag(1.0, "Clip gradients to this norm.", above=0)
-    lr_scheduler: LrScheduler = flag("constant", "Learning rate schedule, as in diffusers.")
+    lr_scheduler: LrScheduler = flag("cosine", "Learning rate schedule, as in diffusers.")
     lr_warmup_steps: int = flag(0, "Warmup in optimizer steps, for schedules with a warmup.", at_least=0)
     lr_num_cycles: int = flag(1, "Number of cycles for cosine_with_restarts.", at_least=1)
     lr_power: float = flag(1.0, "Power for polynomial.")
@@ -677,9 +673,7 @@ def redact(text: str, cfg: Config) -> str:
     return text
 
 
-# =====================================================================================================================
-# Plan
-# =====================================================================================================================
+# ==== Plan ===========================================================================================================
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 CAPTION_SUFFIXES, CAPTION_TABLES = (".txt", ".caption"), ("metadata.jsonl", "metadata.csv")
@@ -690,6 +684,8 @@ FOREIGN_FOLDER = re.compile(  # hidden; or of NAS systems, archives, photo manag
 )
 FOREIGN_ENDING = re.compile(r"[-_. ]+(mask(label)?|matte|alpha|depth|seg|thumb(nail)?)s?")  # after an image's name
 MASK_ENDINGS = ("-masklabel.png", ".mask.png")  # OneTrainer's, and ours
+STRENGTHS = (0, 0.5, 0.75, 1, 1.25)  # of the final LoRA, in images that compare them
+MEASURED = 8  # training images on which validation measures the gain, without --holdout
 Example = tuple[int, int]  # an element of the endless stream: its position, and the index of its sample
 warnings.filterwarnings("ignore", module="PIL")  # about images that it reads anyway
 Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow rejects images of more than twice as many
@@ -1075,31 +1071,30 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
 
 
 def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) -> list[str]:
-    """Describe how many images are generated, and their share of the work, in forward passes x pixels."""
+    """Describe what images and measurements cost, and their share of the work, in forward passes x pixels."""
     first, end, total = schedule.first_step, schedule.max_train_steps - 1, schedule.total_batch
     intervals = end * total // schedule.validation_interval - first * total // schedule.validation_interval
-    times = (first == 0) + max(0, min(intervals, end - first)) if cfg.validation_prompt else 0
-    times += bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
-    images = len(cfg.validation_prompt or "1") * cfg.num_validation_images
-    missing = sum(not sample.digest for sample in samples)
+    times = (first == 0) + max(0, min(intervals, end - first))  # and once more at the end
+    is_final = bool(cfg.validation_prompt or cfg.final_validation_prompt) and not cfg.skip_final_inference
+    images = (times * bool(cfg.validation_prompt) + is_final) * len(cfg.validation_prompt or "1")
+    images = images * cfg.num_validation_images + is_final * len(STRENGTHS)
     each = cfg.num_inference_steps * (2 if cfg.guidance_scale else 1)
-    side = cfg.validation_resolution or cfg.training_side
+    measured = min(MEASURED, sum(not one.is_prior for one in samples)) * bool(cfg.validation_prompt)
+    gains = (times + 1) * 10 * (2 * cfg.holdout or measured)  # five noise levels, with and without the LoRA
+    side, missing = cfg.validation_resolution or cfg.training_side, sum(not sample.digest for sample in samples)
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
-    sampling = times * images * each * side**2
-    cost = 3 if cfg.recomputed == "all" else 2  # forward, backward to the inputs only, forward again
-    training = (end + 1 - first) * total * area * cost
-    generating = f"class images to generate first: {missing}, in {missing * each:,} forward passes"
+    sampling = images * each * side**2 + gains * area
+    training = (end + 1 - first) * total * area * (3 if cfg.recomputed == "all" else 2)  # backward counts as one
     line = (
-        f"validation: {times} x {images} images of {side} x {side}, {cfg.num_inference_steps} steps each"
-        f"{', twice for guidance' * bool(cfg.guidance_scale)} = {times * images * each:,} forward passes, about "
-        f"{100 * sampling / (sampling + training or 1):.0f}% of the work"
+        f"validation: {images} images of {side} x {side}, {cfg.num_inference_steps} steps each"
+        f"{', twice for guidance' * bool(cfg.guidance_scale)} = {images * each:,} forward passes, and {gains:,} for "
+        f"the gain, about {100 * sampling / (sampling + training or 1):.0f}% of the work"
     )
-    return [generating] * bool(missing) + [line] * bool(times)
+    generating = f"class images to generate first: {missing}, in {missing * each:,} forward passes"
+    return [generating] * bool(missing) + [line] * bool(images + gains)
 
 
-# =====================================================================================================================
-# Checks
-# =====================================================================================================================
+# ==== Checks =========================================================================================================
 
 LORA_FILE, STATE_FILE = "pytorch_lora_weights.safetensors", "state.safetensors"
 BEST_FILE = "pytorch_lora_weights_best.safetensors"
@@ -1453,9 +1448,7 @@ for library in (transformers.logging, diffusers_logging):
     library.disable_progress_bar()
 
 
-# =====================================================================================================================
-# Encoders and caches
-# =====================================================================================================================
+# ==== Encoders and caches ============================================================================================
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "no": torch.float32}
 SAVED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # as safetensors calls them
@@ -1468,7 +1461,7 @@ class Batch(NamedTuple):
     """One micro-batch of one process, on its device."""
 
     seeds: list[int]  # of the noise of each example
-    quantiles: list[float]  # of the noise levels, from 0 to 1
+    sigmas: Tensor  # (B,) in fp32: the noise levels, 1 being pure noise
     latents: Tensor  # (B, 16, h, w) in fp32
     prompt_embeds: list[Tensor]  # B of (L_i, 2560)
     is_prior: list[bool]
@@ -1526,6 +1519,16 @@ def fingerprint(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(2**12))
     return digest.hexdigest()
+
+
+def resolve_timestep_shift(cfg: Config, model: Path) -> Config:
+    """Replace `--timestep_shift scheduler` by the value of the model's scheduler."""
+    if cfg.timestep_shift != "scheduler":
+        return cfg
+    settings = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")
+    is_static = "shift" in settings and not settings.get("use_dynamic_shifting", False)
+    require(is_static, "--timestep_shift scheduler: this model has no shift that fits all image sizes; use a number")
+    return dataclasses.replace(cfg, timestep_shift=str(settings["shift"]))
 
 
 def identify(model: Path, variant: str | None) -> dict[str, str]:
@@ -1625,6 +1628,22 @@ def sample_quantile(cfg: Config, number: int) -> float:
     """Choose an example's place among all noise levels, 0 to 1, by the golden ratio (Niederreiter 1992) or freely."""
     start = random.Random(derive_seed(cfg.seed, "sigma", 0 if cfg.stratified_noise else number)).random()
     return (start + number * (math.sqrt(5) - 1) / 2) % 1 if cfg.stratified_noise else start
+
+
+def noise_levels(quantiles: list[float], cfg: Config) -> Tensor:
+    """Map quantiles to continuous noise levels, 1 being pure noise. -> (B,)
+
+    The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
+    so a positive logit_mean means more noise. The shift is FlowMatchEulerDiscreteScheduler's. Levels are clamped to
+    at least 1/1000: sigma_sqrt divides by them.
+    """
+    levels = torch.tensor(quantiles, dtype=torch.float64)  # of the uniform distribution
+    if cfg.weighting_scheme == "logit_normal":
+        levels = (cfg.logit_mean + cfg.logit_std * torch.special.ndtri(levels)).sigmoid()
+    elif cfg.weighting_scheme == "mode":
+        levels = 1 - levels - cfg.mode_scale * ((math.pi / 2 * levels).cos() ** 2 - 1 + levels)
+    shift = float(cfg.timestep_shift)
+    return (shift * levels / (1 + (shift - 1) * levels)).clamp(1e-3, 1.0).float()
 
 
 def choose_prompt(sample: Sample, cfg: Config, number: int) -> str:
@@ -1730,7 +1749,7 @@ def fill_prompts_cache(tokens: dict[str, list[int]], encodings: Encodings) -> No
 def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
     """Encode the images that are not cached yet, and their flipped copies; load the VAE only if needed."""
     flips = (False, True) if encodings.cfg.random_flip else (False,)
-    mine = share_of([*itertools.product(samples, flips)])
+    mine = share_of([*itertools.product(dict.fromkeys(samples), flips)])
     mine = [job for job in mine if read_sealed(encodings.latents(*job)) is None]
     if mine:
         vae = load_vae(encodings.model, encodings.cfg)
@@ -1738,7 +1757,7 @@ def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
             write_tensors(encodings.latents(*job), {"latents": encode_images(vae, pixels[None])[0]})
         del vae
         free_memory()
-    if not any_process(bool(mine)):
+    if not any_process(bool(mine)) and encodings.cfg.cache_latents:
         say("latents: all cached, the VAE is not loaded for training")
 
 
@@ -1758,7 +1777,7 @@ def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodi
             prompt_embeds.append(load_file(encodings.prompt(choose_prompt(sample, cfg, number)))["prompt_embeds"])
     return Batch(
         seeds=[derive_seed(cfg.seed, "noise", number) for number, _ in examples],
-        quantiles=[sample_quantile(cfg, number) for number, _ in examples],
+        sigmas=noise_levels([sample_quantile(cfg, number) for number, _ in examples], cfg),
         latents=torch.stack(images), prompt_embeds=prompt_embeds,
         is_prior=[sample.is_prior for sample in chosen], masks=torch.stack(masks) if masks else None,
         names=[str(sample.path) for sample in chosen],
@@ -1778,9 +1797,7 @@ def make_batches(samples: list[Sample], encodings: Encodings, step: int) -> Iter
         yield send_to_device(batch._replace(latents=latents), state.device)
 
 
-# =====================================================================================================================
-# Transformer and LoRA
-# =====================================================================================================================
+# ==== Transformer and LoRA ===========================================================================================
 
 BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+")
 FP8, MIN_FP8_ROWS = torch.float8_e4m3fn, 256  # cuBLAS rejects products of fewer rows (and it would gain nothing)
@@ -2145,43 +2162,13 @@ def lora_metadata(cfg: Config, samples: list[Sample]) -> dict[str, str]:
     }  # fmt: skip
 
 
-# =====================================================================================================================
-# Objective
-# =====================================================================================================================
+# ==== Objective ======================================================================================================
 
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five bands of noise levels
 
 def sample_noise(seeds: list[int], shape: torch.Size) -> Tensor:
     """Sample Gaussian noise, each example's from its own seed, the same on every device. -> (B, *shape)"""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Move noise levels toward noise for a shift above 1, as FlowMatchEulerDiscreteScheduler does. (B,) -> (B,)"""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
-def read_timestep_shift(cfg: Config, model: Path) -> float:
-    """Resolve `--timestep_shift`: a number, or the value of the model's scheduler."""
-    if cfg.timestep_shift != "scheduler":
-        return float(cfg.timestep_shift)
-    settings = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")
-    is_static = "shift" in settings and not settings.get("use_dynamic_shifting", False)
-    require(is_static, "--timestep_shift scheduler: this model has no shift that fits all image sizes; use a number")
-    return settings["shift"]
-
-
-def noise_levels(quantiles: list[float], cfg: Config, shift: float) -> Tensor:
-    """Map quantiles to continuous noise levels, 1 being pure noise. -> (B,)
-
-    The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
-    so a positive logit_mean means more noise. Levels are clamped to at least 1/1000: sigma_sqrt divides by them.
-    """
-    levels = torch.tensor(quantiles, dtype=torch.float64)  # of the uniform distribution
-    if cfg.weighting_scheme == "logit_normal":
-        levels = (cfg.logit_mean + cfg.logit_std * torch.special.ndtri(levels)).sigmoid()
-    elif cfg.weighting_scheme == "mode":
-        levels = 1 - levels - cfg.mode_scale * ((math.pi / 2 * levels).cos() ** 2 - 1 + levels)
-    return shift_sigmas(levels, shift).clamp(1e-3, 1.0).float()
 
 
 def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -2201,37 +2188,42 @@ def predict_velocity(
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor, weights: Tensor, masks: Tensor | None = None) -> Tensor:
-    """Compute the mean squared error, weighted by image and place. (B, 16, h, w) x 2, (B,), (B, 1, h, w) -> scalar"""
+    """Compute mean squared errors, weighted by image and place. (B, 16, h, w) x 2, (B,), (B, 1, h, w) -> (B,)"""
     squares = (velocity.float() - target.float()).square()  # (B, 16, h, w)
     if masks is not None:  # relative to their mean: an image counts as one whatever its mask
         squares = squares * masks / masks.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
-    return (weights * squares.mean(dim=(1, 2, 3))).mean()
+    return weights * squares.mean(dim=(1, 2, 3))
 
 
 @contextlib.contextmanager
-def without(transformer: nn.Module, *adapters: str) -> Iterator[None]:
-    """Turn off adapters for a while: the LoRA ("default"), that of `--training_adapter` ("adapter"), or both."""
+def strengths(transformer: nn.Module, **factors: float) -> Iterator[None]:
+    """Scale the LoRA (`default`), or that of `--training_adapter` (`adapter`), for a while; 0 turns it off."""
     layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
-    for layer, name in itertools.product(layers, adapters):
-        layer.set_scale(name, 0)
+    for layer, (name, factor) in itertools.product(layers, factors.items()):
+        layer.set_scale(name, factor)
     try:
         yield
     finally:
-        for layer, name in itertools.product(layers, adapters):
+        for layer, name in itertools.product(layers, factors):
             layer.set_scale(name, 1)
 
 
-def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: float) -> Tensor:
-    """Compute the loss of a batch: add noise, predict the velocity, compare it with the target. -> scalar"""
-    latents = batch.latents  # (B, 16, h, w)
+def sum_by_band(losses: Tensor, sigmas: Tensor) -> Tensor:
+    """Sum losses, and count them, in five bands of noise levels. (B,), (B,) -> (2, 5)"""
+    bands = F.one_hot((5 * sigmas).long().clamp(max=4), 5)  # (B, 5)
+    return torch.stack([torch.where(bands == 1, losses[:, None], 0.0).sum(0), bands.sum(0)])
+
+
+def training_loss(transformer: nn.Module, batch: Batch, cfg: Config) -> Tensor:
+    """Compute the loss of each example: add noise, predict the velocity, compare it with the target. -> (B,)"""
+    latents, sigmas = batch.latents, batch.sigmas  # (B, 16, h, w), (B,)
     noise = sample_noise(batch.seeds, latents.shape[1:]).to(latents.device)  # (B, 16, h, w)
-    sigmas = noise_levels(batch.quantiles, cfg, shift).to(latents.device)  # (B,)
     noisy_latents = mix_noise(latents, noise, sigmas).to(DTYPES[cfg.mixed_precision])  # (B, 16, h, w)
     velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
     target = noise - latents  # d noisy_latents / d sigma
     is_prior = torch.tensor(batch.is_prior, device=latents.device)  # (B,)
     if cfg.prior_kind == "base" and (any(batch.is_prior) or is_on("ACCELERATE_USE_FSDP")):  # FSDP needs all processes
-        with torch.no_grad(), without(transformer, "default"):
+        with torch.no_grad(), strengths(transformer, default=0):
             base = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds)  # (B, 16, h, w)
         target = torch.where(is_prior.view(-1, 1, 1, 1), base.float(), target)
     prior_weights = torch.where(is_prior, cfg.prior_loss_weight, 1.0)  # (B,)
@@ -2239,9 +2231,7 @@ def training_loss(transformer: nn.Module, batch: Batch, cfg: Config, shift: floa
     return flow_matching_loss(velocity, target, weights, batch.masks)
 
 
-# =====================================================================================================================
-# Training
-# =====================================================================================================================
+# ==== Training =======================================================================================================
 
 
 class StopRequest:
@@ -2322,7 +2312,6 @@ class Run(NamedTuple):
     transformer: nn.Module  # as accelerate has prepared it
     optimizer: torch.optim.Optimizer
     stop: StopRequest
-    shift: float  # of the noise levels
     peaks: dict[str, int]  # the largest number of bytes on the device in each phase, if it is a GPU
 
 
@@ -2333,19 +2322,20 @@ def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
     parameters = [parameter for parameter in run.transformer.parameters() if parameter.requires_grad]
     run.transformer.train()
     for step in range(schedule.first_step, schedule.max_train_steps):
-        started, losses, seen = time.perf_counter(), [], []
+        started, seen = time.perf_counter(), []
         for batch in itertools.islice(batches, cfg.gradient_accumulation_steps):
-            torch.manual_seed(derive_seed(cfg.seed, "dropout", step, len(losses), accelerator.process_index))
+            torch.manual_seed(derive_seed(cfg.seed, "dropout", step, len(seen), accelerator.process_index))
             with accelerator.accumulate(run.transformer):
-                loss = training_loss(run.transformer, batch, cfg, run.shift)
-                accelerator.backward(loss)
-            losses.append(loss.detach())
-            seen += zip(batch.names, batch.quantiles)
-        if len(losses) < cfg.gradient_accumulation_steps:
+                losses = training_loss(run.transformer, batch, cfg)  # (B,)
+                accelerator.backward(losses.mean())
+            seen.append((batch.names, batch.sigmas, losses.detach()))
+        if len(seen) < cfg.gradient_accumulation_steps:
             return  # the weights have not changed; a resumed run repeats these batches
-        loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        _, sigmas, losses = zip(*seen)
+        sums = accelerator.reduce(sum_by_band(torch.cat(losses), torch.cat(sigmas)), "sum").tolist()  # 2 of 5
         grad_norm = float(full_tensor(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)))
-        metrics = {"step": step + 1, "loss": loss, "grad_norm": grad_norm}
+        metrics = {"step": step + 1, "loss": sum(sums[0]) / sum(sums[1]), "grad_norm": grad_norm}
+        metrics |= {f"loss/{level}": total / count for level, total, count in zip(LEVELS, *sums) if count}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
         if is_finite(run, metrics, seen, skipped):
@@ -2419,12 +2409,12 @@ def make_learning_rate(cfg: Config, schedule: Schedule) -> Callable[[int], float
     return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
-def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[str, float]], skipped: int) -> bool:
+def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[Any, ...]], skipped: int) -> bool:
     """Tell whether a step's metrics are finite. Raises FloatingPointError, naming the images, unless told to skip."""
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         return True
-    sigmas = noise_levels([quantile for _, quantile in seen], run.cfg, run.shift)
-    examples = ", ".join(gather_object([f"{name} at sigma {sigma:.3f}" for (name, _), sigma in zip(seen, sigmas)]))
+    pairs = [pair for names, sigmas, _ in seen for pair in zip(names, sigmas.tolist())]
+    examples = ", ".join(gather_object([f"{name} at sigma {sigma:.3f}" for name, sigma in pairs]))
     problem = f"step {metrics['step']}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}, for "
     if run.cfg.on_nan == "skip" and skipped < 10:
         say(f"warning: {problem}{examples}; the step is skipped")
@@ -2546,9 +2536,7 @@ def log_metrics(run: Run, metrics: dict[str, float]) -> None:
     run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
 
 
-# =====================================================================================================================
-# Validation
-# =====================================================================================================================
+# ==== Validation =====================================================================================================
 
 
 def make_pipeline(transformer: nn.Module, encodings: Encodings) -> ZImagePipeline:
@@ -2622,8 +2610,6 @@ def validation_folder(cfg: Config, step: int) -> Path:
     return Path(cfg.output_dir) / "validation" / f"step-{step:06d}"
 
 
-CURVES = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five bands of noise levels
 
 
 @torch.no_grad()
@@ -2635,9 +2621,9 @@ def measure_losses(run: Run, sample: Sample, level: float) -> tuple[float, float
     seed = derive_seed(run.cfg.seed, "gain", sample.digest, level)
     noise, sigmas = sample_noise([seed], latents.shape[1:]).to(device), torch.tensor([level], device=device)
     noisy_latents = mix_noise(latents, noise, sigmas).to(dtype)
-    with without(run.transformer, "adapter"):
+    with strengths(run.transformer, adapter=0):
         velocity = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
-    with without(run.transformer, "adapter", "default"):
+    with strengths(run.transformer, adapter=0, default=0):
         base = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
     one = torch.ones(1, device=device)
     return tuple(flow_matching_loss(each, noise - latents, one).item() for each in (velocity, base))
@@ -2649,10 +2635,16 @@ def gain_of(rows: Iterable[tuple[Any, ...]]) -> float:
     return round(1 - with_lora / base, 4)
 
 
+def measured_samples(cfg: Config, plan: Plan) -> dict[str, list[Sample]]:
+    """Choose the images on which validation measures the gain: those held out and as many others, or a few."""
+    training = [sample for sample in plan.samples if not sample.is_prior][: len(plan.held_out) or MEASURED]
+    kinds = {"held-out": [*plan.held_out], "training": training}
+    return {name: kinds[name] for name in kinds if kinds[name] and (plan.held_out or cfg.validation_prompt)}
+
+
 def measure_gain(run: Run, step: int) -> None:
-    """Write the gain on held-out and on training images, with its standard error, and keep the best LoRA."""
-    kinds, gains = {"held_out": run.plan.held_out}, {"step": step}
-    kinds["training"] = [sample for sample in run.plan.samples if not sample.is_prior][: len(run.plan.held_out)]
+    """Write the gain over the base model, with its standard error; keep the LoRA that is best on held-out images."""
+    kinds, gains = measured_samples(run.cfg, run.plan), {"step": step}
     jobs = [(kind, sample, level) for kind, samples in kinds.items() for sample in samples for level in LEVELS]
     run.transformer.eval()
     with torch.compiler.set_stance("force_eager"):
@@ -2665,15 +2657,17 @@ def measure_gain(run: Run, step: int) -> None:
         spread = statistics.pstdev(gain_of(row for row in mine if row[1] == one.path) for one in samples)
         spread = round(spread / math.sqrt(len(samples) - 1), 4) if len(samples) > 1 else None
         gains[kind] = {"gain": gain_of(mine), "spread": spread, "bands": bands}
+        run.accelerator.log({f"gain/{kind}/{level}": bands[level] for level in LEVELS}, step=step)
     file, lora = validation_folder(run.cfg, step) / "gain.json", lora_state_dict(run.transformer)
     earlier = map(json.loads, (path.read_text() for path in file.parent.parent.glob("step-*/gain.json")))
-    if gains["held_out"]["gain"] > max((row["held_out"]["gain"] for row in earlier if row["step"] < step), default=0):
+    best = max((row["held-out"]["gain"] for row in earlier if "held-out" in row and row["step"] < step), default=0)
+    if run.plan.held_out and gains["held-out"]["gain"] > best:
         save_lora(run, lora, Path(run.cfg.output_dir) / BEST_FILE)
     if run.accelerator.is_main_process:
         write_file(file, json.dumps(gains, indent=2).encode())
-    words = (f"by {gains[name]['gain']:.1%} on {name.replace('_', '-')} images" for name in kinds)
-    say(f"step {step}: the LoRA lowers the loss {' and '.join(words)}")
-    run.accelerator.log({f"gain/{name}": gains[name]["gain"] for name in kinds}, step=step)
+    words = " and ".join(f"by {gains[kind]['gain']:.1%} on {kind} images" for kind in kinds)
+    say(f"step {step}: the LoRA lowers the loss {words}")
+    run.accelerator.log({f"gain/{kind}": gains[kind]["gain"] for kind in kinds}, step=step)
 
 
 REPORT = """<!doctype html>
@@ -2685,22 +2679,29 @@ img {{ width: 9em; display: block }} svg {{ max-width: 40em; font-size: 12px }} 
 """
 
 
-def draw_curves(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
+def smooth(rows: list[dict[str, Any]], name: str, window: int) -> list[tuple[int, float]]:
+    """Average a metric over its last `window` values, at up to a thousand steps."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    ends = range(1, len(points) + 1, 1 + len(points) // 1000)
+    return [(points[end - 1][0], statistics.fmean(y for _, y in points[max(0, end - window) : end])) for end in ends]
+
+
+def draw_curves(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
     """Draw curves over the steps as inline SVG with labeled axes; nothing without two points."""
     points = list(itertools.chain.from_iterable(curves.values()))
     if len({x for x, _ in points}) < 2:
         return ""
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points))
-    drawn = ""
+    drawn = '<path d="M70 40V190H570" fill="none" stroke="#888"/>'
     wide, tall = 500 / (right - left), 150 / (high - low or 1)
-    for (name, curve), color, row in zip(curves.items(), ("#1f77b4", "#d62728"), (12, 26)):
-        places = ((70 + wide * (x - left), 190 - tall * (y - low)) for x, y in curve)
-        drawn += f'<polyline stroke="{color}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
-        drawn += f'<text x="70" y="{row}" fill="{color}">{name}</text>'
+    for number, (name, curve) in enumerate(curves.items()):
+        color = f"hsl({60 * number} 90% 35%)"
+        places = " ".join(f"{70 + wide * (x - left):.1f},{190 - tall * (y - low):.1f}" for x, y in curve)
+        drawn += f'<polyline stroke="{color}" points="{places}"/>'
+        drawn += f'<text x="{70 + 84 * number}" y="26" fill="{color}">{name}</text>'
     labels = ((66, 194, "end", f"{low:.3g}"), (66, 44, "end", f"{high:.3g}"), (70, 206, "start", f"step {left}"))
     for x, y, anchor, label in (*labels, (570, 206, "end", f"step {right}")):
         drawn += f'<text x="{x}" y="{y}" text-anchor="{anchor}">{label}</text>'
-    drawn += '<path d="M70 40V190H570" fill="none" stroke="#888"/>'
     return f'<h2>{title}</h2><svg viewBox="0 0 600 210" role="img" aria-label="{title}">{drawn}</svg>'
 
 
@@ -2718,22 +2719,27 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     folders, prompts = sorted(output.glob("validation/step-*")), validation_prompts(cfg, is_final=True)
     file = output / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []  # none before step 1
-    series = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in CURVES}
-    steps, losses = zip(*series["loss"]) if series["loss"] else ((), ())
-    window = 2 + len(losses) // 20
-    means = [(step, statistics.fmean(losses[max(0, n - window) : n])) for n, step in enumerate(steps, start=1)]
+    window = 2 + len(rows) // 20
+    losses = {"all": "loss"} | {f"noise {level}": f"loss/{level}" for level in LEVELS}
+    losses = {label: smooth(rows, name, window) for label, name in losses.items()}
     gains = [json.loads(file.read_text()) for file in sorted(output.glob("validation/step-*/gain.json"))]
-    gains = {name: [(row["step"], row[name]["gain"]) for row in gains] for name in ("held_out", "training")}
-    curves = draw_curves("Loss", {f"mean of the last {window} steps": means})
+    kinds = ("held-out", "training")
+    gains = {kind: [(row["step"], row[kind]["gain"]) for row in gains if kind in row] for kind in kinds}
+    curves = draw_curves(f"Loss by noise level, means of {window} values", losses)
     curves += draw_curves("Gain over the base model", gains)
-    curves += "".join(draw_curves(CURVES[name], {name: series[name]}) for name in list(CURVES)[1:])
+    curves += draw_curves("Learning rate", {"": smooth(rows, "lr", 1)})
+    curves += draw_curves("Gradient norm", {"": smooth(rows, "grad_norm", 1)})
     grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in folders)]] * bool(prompts)
     for number, image in itertools.product(range(len(prompts)), range(cfg.num_validation_images)):
         files = [folder / f"{number}-{image}.png" for folder in folders]
         grid.append([prompts[number], *(file.relative_to(output) if file.exists() else "" for file in files)])
+    last = validation_folder(cfg, run.plan.schedule.max_train_steps)
+    files = [(last / f"strength-{factor}.png").relative_to(output) for factor in STRENGTHS]
+    sweep = [["strength", *STRENGTHS], [prompts[0], *files]] if prompts and (output / files[0]).exists() else []
     images = [[one.path.name, f"{one.size[1]} x {one.size[0]}", one.prompt] for one in samples if not one.is_prior]
-    tables = {"Images, from the base model to the LoRA": grid, "Data": images, "Memory and speed": record.items()}
-    tables = "".join(html_table(*table) for table in (tables | {"Settings": shareable_settings(cfg).items()}).items())
+    tables = {"Images, from the base model to the LoRA": grid, "The LoRA, weaker and stronger": sweep, "Data": images}
+    tables |= {"Memory and speed": record.items(), "Settings": shareable_settings(cfg).items()}
+    tables = "".join(html_table(*table) for table in tables.items())
     title = f"Z-Image LoRA: {html.escape(output.resolve().name)}"
     write_file(output / "report.html", REPORT.format(title=title, curves=curves, tables=tables).encode())
 
@@ -2741,8 +2747,10 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
 def validate(run: Run, step: int, is_final: bool = False) -> None:
     """Generate PROMPT-IMAGE.png from the live transformer, split over the processes, and combine them in sheet.png."""
     cfg, prompts, folder = run.cfg, validation_prompts(run.cfg, is_final), validation_folder(run.cfg, step)
-    jobs = list(itertools.product(range(len(prompts)), range(cfg.num_validation_images)))
-    if run.plan.held_out:
+    names = [f"{prompt}-{image}" for prompt in range(len(prompts)) for image in range(cfg.num_validation_images)]
+    jobs = [(name, *map(int, name.split("-")), 1) for name in names]
+    jobs += [(f"strength-{factor}", 0, 0, factor) for factor in STRENGTHS if is_final and names]
+    if measured_samples(cfg, run.plan):
         measure_gain(run, step)
     if not jobs:
         return
@@ -2751,21 +2759,21 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     live = run.accelerator.unwrap_model(run.transformer).eval()
     on_step_end = None if is_final else run.stop.on_step_end  # finally, the LoRA is complete
     pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
-    for prompt, image in share_of(jobs, is_even=True):
+    for name, prompt, image, factor in share_of(jobs, is_even=True):
         job = (prompts[prompt], cfg.seed + image)
-        with torch.compiler.set_stance("force_eager"), without(live, "adapter"):  # not worth minutes of compilation
+        with torch.compiler.set_stance("force_eager"), strengths(live, adapter=0, default=factor):  # compiling is slow
             (sampled,) = sample_images(pipeline, run.encodings, [job], side, on_step_end)
-        write_file(folder / f"{prompt}-{image}.png", png_bytes(sampled))
+        write_file(folder / f"{name}.png", png_bytes(sampled))
     del pipeline
     record_peak(run.peaks, "validation")
     free_memory()
     live.train()
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        images = [Image.open(folder / f"{prompt}-{image}.png") for prompt, image in jobs]
+        images = [Image.open(folder / f"{name}.png") for name in names]
         sheet = make_image_grid(images, len(prompts), cfg.num_validation_images, min(512, side))
         write_file(folder / "sheet.png", png_bytes(sheet))
-        log_images(run.accelerator, images, [prompts[prompt] for prompt, _ in jobs], step)
+        log_images(run.accelerator, images, [prompts[prompt] for _, prompt, *_ in jobs[: len(names)]], step)
         write_report(run, {})
         say(f"step {step}: images in {folder}")
 
@@ -2783,9 +2791,7 @@ def log_images(accelerator: Accelerator, images: list[Image.Image], captions: li
             tracker.log({"validation": logged}, step=step)
 
 
-# =====================================================================================================================
-# Memory plan
-# =====================================================================================================================
+# ==== Memory plan ====================================================================================================
 
 GIB = 2**30
 CONTEXT, RESERVE = 0.5 * GIB, 1.05  # memory for the CUDA context, and a factor for fragmentation
@@ -2895,7 +2901,7 @@ def make_empty_batch(size: int, bucket: tuple[int, int], tokens: int, transforme
     """Make a batch without content."""
     embeds = [torch.empty(tokens, transformer.config.cap_feat_dim, dtype=transformer.dtype) for _ in range(size)]
     latents = torch.empty(size, 16, bucket[0] // 8, bucket[1] // 8)
-    return Batch([0] * size, [0.5] * size, latents, embeds, [False] * size, None, [""] * size)
+    return Batch([0] * size, torch.empty(size), latents, embeds, [False] * size, None, [""] * size)
 
 
 def simulate_encoding(cfg: Config, workload: Workload) -> Phase:
@@ -2939,7 +2945,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
         state, activations = memory.restart() - weights, 0
         for _ in range(min(2, cfg.gradient_accumulation_steps)):  # from the second on, gradients stay
             before = memory.now
-            loss = training_loss(transformer, batch, cfg, 1.0)
+            loss = training_loss(transformer, batch, cfg).mean()
             activations = memory.now - before
             loss.backward()
             del loss
@@ -2961,7 +2967,7 @@ def simulate_transformer(cfg: Config, workload: Workload, codec: tuple[Phase, Ph
             batch = make_empty_batch(count, (side, side), workload.tokens, transformer)
             with torch.no_grad():
                 noisy_latents = batch.latents.to(transformer.dtype)
-                predict_velocity(transformer, noisy_latents, torch.empty(count), batch.prompt_embeds)
+                predict_velocity(transformer, noisy_latents, batch.sigmas, batch.prompt_embeds)
             bare = weights * (factor if cfg.storage in DTYPES else 1) + decoding.weights
             others = factor * max(memory.peak - before, decoding.temporaries)
             phases.append(Phase(name, round(bare), held, 0, round(others)))
@@ -3033,7 +3039,7 @@ def describe_costs(cfg: Config, workload: Workload, phases: list[Phase]) -> Iter
     yield f"host memory: about {host / GIB:.1f} GiB, while the text encoder is loaded or offloaded"
     with simulation(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         batch = make_empty_batch(cfg.train_batch_size, workload.bucket, workload.tokens, transformer)
-        training_loss(transformer.to_empty(device="cpu"), batch, cfg, 1.0).backward()
+        training_loss(transformer.to_empty(device="cpu"), batch, cfg).mean().backward()
     flops = counter.get_total_flops() * cfg.gradient_accumulation_steps
     yield f"compute: {flops / 1e12:,.3g} TFLOP per step and process"
 
@@ -3054,9 +3060,7 @@ def describe_disk(cfg: Config, plan: Plan, workload: Workload, empty: ZImageTran
         yield "warning: " * (size > free) + words
 
 
-# =====================================================================================================================
-# Artifacts
-# =====================================================================================================================
+# ==== Artifacts ======================================================================================================
 
 SHARED_FILES = (LORA_FILE, BEST_FILE, "README.md", "validation/step-*/*.png")
 TEMPORARY_FILES = (".z-image-*.tmp", "checkpoint-*/.z-image-*.tmp", "validation/step-*/.z-image-*.tmp")
@@ -3199,9 +3203,7 @@ accelerate launch {script} \\
 """
 
 
-# =====================================================================================================================
-# Demo
-# =====================================================================================================================
+# ==== Demo ===========================================================================================================
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -3266,9 +3268,7 @@ def make_demo(cfg: Config) -> None:
     PartialState().wait_for_everyone()
 
 
-# =====================================================================================================================
-# Main
-# =====================================================================================================================
+# ==== Main ===========================================================================================================
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
@@ -3317,7 +3317,7 @@ def prepare_output(cfg: Config, chosen: dict[str, Any], accelerator: Accelerator
         stale = [path for pattern in TEMPORARY_FILES for path in output.glob(pattern)]  # of a run that was killed
         if is_replaced:
             images = [*output.glob("validation/step-*/*.png"), *output.glob("validation/step-*/gain.json")]
-            stale += [path for path in images if re.fullmatch(r"\d+-\d+|sheet", path.stem)]
+            stale += [path for path in images if re.fullmatch(r"\d+-\d+|sheet|strength-.+", path.stem)]
             stale += [output / name for name in RUN_FILES]
             folders = [*list_checkpoints(output), *filter(is_half_checkpoint, output.glob("checkpoint-*[0-9]"))]
             for folder in (*folders, *output.glob("superseded-checkpoint-*-????????")):
@@ -3378,8 +3378,8 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     """Run everything: plan -> caches -> model -> loop -> artifacts. Returns the LoRA file."""
     stop, model, last = StopRequest(given.max_train_minutes), find_model(given), plan.schedule.max_train_steps
     empty = make_empty_transformer(model)
-    start, lora = read_lora(given, empty)
-    layers, shift = resolve_lora_layers(start.lora_layers, empty), read_timestep_shift(given, model)
+    start, lora = read_lora(resolve_timestep_shift(given, model), empty)
+    layers = resolve_lora_layers(start.lora_layers, empty)
     samples = [*plan.samples, *plan.held_out]
     tokens = tokenize(needed_prompts(samples, given), model, given.max_sequence_length)
     check_positions(given, samples, tokens, empty.config.axes_lens)
@@ -3408,9 +3408,9 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     record_peak(peaks, "text encoding")
     plan = plan._replace(samples=generate_class_images(plan.samples, encodings))
     record_peak(peaks, "class images")
-    if cfg.cache_latents or plan.held_out:
-        fill_latents_cache([*plan.samples, *plan.held_out], encodings)
-        record_peak(peaks, "latents")
+    measured = sum(measured_samples(cfg, plan).values(), [])
+    fill_latents_cache(plan.samples * cfg.cache_latents + measured, encodings)
+    record_peak(peaks, "latents")
 
     transformer = load_transformer(model, cfg, DTYPES[cfg.mixed_precision])
     if cfg.training_adapter is not None:
@@ -3419,7 +3419,7 @@ def run_all(given: Config, plan: Plan, accelerator: Accelerator) -> Path:
     start_from(lora, transformer, cfg)
     say(describe_lora(transformer, layers, cfg))
     transformer, optimizer = accelerator.prepare(transformer, make_optimizer(parameters, cfg))
-    run = Run(cfg, plan, encodings, accelerator, transformer, optimizer, stop, shift, peaks)
+    run = Run(cfg, plan, encodings, accelerator, transformer, optimizer, stop, peaks)
     train_and_save(run)
     record_peak(peaks, "training")
     file = finish_lora(run)
