@@ -242,11 +242,11 @@ def flag(default: Any, help: str, *aliases: str, is_secret: bool = False, **boun
     return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
 
-# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Fine-tune Z-Image with DreamBooth and LoRA."""
 
+    # fmt: off
     pretrained_model_name_or_path: str | None = flag(None, "Local diffusers folder or Hub ID of Z-Image. Required.")
     revision: str | None = flag(None, "Branch, tag, or commit of the Hub model.")
     variant: str | None = flag(None, "Load the weight files of this variant, such as bf16.")
@@ -2166,6 +2166,7 @@ def lora_metadata(cfg: Config, samples: list[Sample]) -> dict[str, str]:
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five bands of noise levels
 
+
 def sample_noise(seeds: list[int], shape: torch.Size) -> Tensor:
     """Sample Gaussian noise, each example's from its own seed, the same on every device. -> (B, *shape)"""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -2610,8 +2611,6 @@ def validation_folder(cfg: Config, step: int) -> Path:
     return Path(cfg.output_dir) / "validation" / f"step-{step:06d}"
 
 
-
-
 @torch.no_grad()
 def measure_losses(run: Run, sample: Sample, level: float) -> tuple[float, float]:
     """Compute the loss of an image at a noise level, with noise that never changes: with the LoRA, and without it."""
@@ -2665,6 +2664,7 @@ def measure_gain(run: Run, step: int) -> None:
         save_lora(run, lora, Path(run.cfg.output_dir) / BEST_FILE)
     if run.accelerator.is_main_process:
         write_file(file, json.dumps(gains, indent=2).encode())
+        write_report(run, {})
     words = " and ".join(f"by {gains[kind]['gain']:.1%} on {kind} images" for kind in kinds)
     say(f"step {step}: the LoRA lowers the loss {words}")
     run.accelerator.log({f"gain/{kind}": gains[kind]["gain"] for kind in kinds}, step=step)
