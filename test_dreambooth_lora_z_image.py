@@ -4843,6 +4843,13 @@ def test_the_training_loss_is_told_by_noise_level(images, make_config, tmp_path)
     assert sums.nan_to_num(-1).tolist() == [[3, 0, -1, 0, 4], [2, 0, 1, 0, 1]], "NaN stays in its band"
 
 
+def test_a_validation_without_images_rewrites_the_report(make_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(z, "write_report", lambda run, record: seen.append(len(gains_of(run.cfg))))
+    run(make_config(holdout=1, max_train_steps=4, validation_steps=2))
+    assert seen == [1, 2, 3, 3], "after each validation, and at the end"
+
+
 def test_held_out_images_are_not_trained_and_stay_so_on_resuming(images, make_config, tmp_path):
     cfg = make_config(
         holdout=2,
