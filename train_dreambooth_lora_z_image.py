@@ -455,6 +455,8 @@ def misfits(cfg: Config) -> Iterator[str]:
             yield f"--{field.name} does not accept {shown}; it accepts {kind}"
         if value == "" and not field.name.endswith("prompt"):
             yield f"--{field.name} is empty; give it a value or leave it out"
+        if "[trigger]" in str(value):
+            yield f"--{field.name}: [trigger] is replaced in captions only; write the trigger word itself"
         for name, bound in field.metadata["bounds"].items():
             holds, words = BOUNDS[name]
             if value is not None and not holds(value, bound):
@@ -537,11 +539,9 @@ def matches(value: Any, hint: Any) -> bool:
 def parse_config(argv: list[str] | None = None) -> Config:
     """Build the `Config` from the command line; `--config run.json` supplies defaults that flags override."""
     parser = argparse.ArgumentParser(
-        description=Config.__doc__,
-        usage="accelerate launch %(prog)s [--config FILE] [--flag VALUE ...]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120),
-        allow_abbrev=False,
-    )
+        description=Config.__doc__, usage="accelerate launch %(prog)s [--config FILE] [--flag VALUE ...]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120), allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", type=Path, help="JSON file with settings, such as config.json")
     hints, group = typing.get_type_hints(Config), parser
     for field in dataclasses.fields(Config):
@@ -609,8 +609,8 @@ def demo_settings(output_dir: str) -> dict[str, Any]:
 def advice(cfg: Config) -> Iterator[str]:
     """Yield a line for every setting that has no effect or an unexpected one."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank"):
-        if getattr(cfg, name) is not None:
+    for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "fsdp_text_encoder"):
+        if getattr(cfg, name) != getattr(Config, name):
             yield f"--{name} is accepted for compatibility and has no effect"
     if cfg.is_distilled and cfg.training_adapter is None:
         yield "Turbo's distillation suffers from training; prefer the base model, or add a --training_adapter"
@@ -620,16 +620,10 @@ def advice(cfg: Config) -> Iterator[str]:
         yield "--num_train_epochs has no effect with --max_train_steps"
     if cfg.validation_steps is not None and cfg.validation_epochs != Config.validation_epochs:
         yield "--validation_epochs has no effect with --validation_steps"
-    if cfg.fsdp_text_encoder:
-        yield "--fsdp_text_encoder has no effect: the text encoder is freed before training"
-    if cfg.has_8bit_state:
-        yield "--use_8bit_adam saves little: 240 MB compared with fp32 AdamW, at rank 16 with the default layers"
-    elif cfg.use_8bit_adam:
+    if cfg.use_8bit_adam and not cfg.has_8bit_state:
         yield "--use_8bit_adam is ignored with --optimizer prodigy"
     if (cfg.gradient_checkpointing or cfg.checkpoint_blocks) and uses_fsdp_checkpointing():
         yield "--gradient_checkpointing: FSDP's own activation checkpointing is used instead"
-    if cfg.revision is not None and os.path.exists(cfg.pretrained_model_name_or_path):
-        yield "--revision has no effect on a local folder"
     if not cfg.push_to_hub and (cfg.hub_model_id is not None or cfg.hub_private_repo):
         yield "--hub_model_id and --hub_private_repo have no effect without --push_to_hub"
     if cfg.lr_warmup_steps > 0 and cfg.lr_scheduler in ("constant", "piecewise_constant"):
@@ -684,8 +678,7 @@ FOREIGN_FOLDER = re.compile(  # hidden; or of NAS systems, archives, photo manag
 )
 FOREIGN_ENDING = re.compile(r"[-_. ]+(mask(label)?|matte|alpha|depth|seg|thumb(nail)?)s?")  # after an image's name
 MASK_ENDINGS = ("-masklabel.png", ".mask.png")  # OneTrainer's, and ours
-STRENGTHS = (0, 0.5, 0.75, 1, 1.25)  # of the final LoRA, in images that compare them
-MEASURED = 8  # training images on which validation measures the gain, without --holdout
+STRENGTHS, MEASURED = (0, 0.5, 0.75, 1, 1.25), 8  # of the final LoRA, in images; training images, for the gain
 Example = tuple[int, int]  # an element of the endless stream: its position, and the index of its sample
 warnings.filterwarnings("ignore", module="PIL")  # about images that it reads anyway
 Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow rejects images of more than twice as many
@@ -755,7 +748,7 @@ def find_mask(path: Path, size: tuple[int, int]) -> Path | None:
 def select_images(files: list[Path]) -> list[Path]:
     """Select the images; leave out their masks and thumbnails, and point out names that suggest a mistake."""
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
-    images = [path for path in images if path.is_file()]  # reading a FIFO would never end
+    images = [path for path in images if path.is_file() and not path.name.lower().endswith(MASK_ENDINGS)]  # no FIFO
     stems, pairs = {path.with_suffix("") for path in images}, collections.defaultdict(set)
     for path in images:
         match = re.fullmatch(r"(?s)(.+?)([-_. ]+[^\W\d][^-_. ]*)", path.stem)
@@ -793,8 +786,8 @@ def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
     return captions
 
 
-def load_image(file: Path | io.BytesIO) -> Image.Image:
-    """Decode the first frame to upright 8-bit RGB, transparency over white. Raises whatever Pillow does on damage."""
+def load_image(file: Path | io.BytesIO, under: str = "white") -> Image.Image:
+    """Decode the first frame to upright 8-bit RGB, over a color if transparent. Raises what Pillow does on damage."""
     with Image.open(file) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -805,9 +798,9 @@ def load_image(file: Path | io.BytesIO) -> Image.Image:
         upright = upright.point(lambda value: value * (255 if brightest <= 1 else 1) + 0.5).convert("L")
     if not upright.has_transparency_data:
         return upright.convert("RGB")
-    white = Image.new("RGBA", upright.size, "white")
-    white.alpha_composite(upright.convert("RGBA"))
-    return white.convert("RGB")
+    opaque = Image.new("RGBA", upright.size, under)
+    opaque.alpha_composite(upright.convert("RGBA"))
+    return opaque.convert("RGB")
 
 
 def cache_file(cfg: Config, kind: str, *ingredients: Any) -> Path:
@@ -897,6 +890,7 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
             caption = caption.replace("[trigger]", cfg.trigger_word)
             caption = caption if cfg.trigger_word in caption else f"{cfg.trigger_word} {caption}".strip()
         text = prompt if caption is None else caption
+        require("[trigger]" not in (text or ""), f"the caption of {path} contains [trigger]; set --trigger_word")
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
         mask = find_mask(path, size) if cfg.masked_loss and not is_prior else None
@@ -1079,8 +1073,8 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
     images = (times * bool(cfg.validation_prompt) + is_final) * len(cfg.validation_prompt or "1")
     images = images * cfg.num_validation_images + is_final * len(STRENGTHS)
     each = cfg.num_inference_steps * (2 if cfg.guidance_scale else 1)
-    measured = min(MEASURED, sum(not one.is_prior for one in samples)) * bool(cfg.validation_prompt)
-    gains = (times + 1) * 10 * (2 * cfg.holdout or measured)  # five noise levels, with and without the LoRA
+    measured = cfg.holdout + min(cfg.holdout or MEASURED, sum(not one.is_prior for one in samples))
+    gains = 10 * (times + 1) * measured * bool(cfg.holdout or cfg.validation_prompt)  # 5 levels, LoRA on and off
     side, missing = cfg.validation_resolution or cfg.training_side, sum(not sample.digest for sample in samples)
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
     sampling = images * each * side**2 + gains * area
@@ -1097,7 +1091,7 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
 # ==== Checks =========================================================================================================
 
 LORA_FILE, STATE_FILE = "pytorch_lora_weights.safetensors", "state.safetensors"
-BEST_FILE = "pytorch_lora_weights_best.safetensors"
+BEST_FILE, STEPS = "pytorch_lora_weights_best.safetensors", "validation/step-" + "[0-9]" * 6
 RUN_FILES = (LORA_FILE, BEST_FILE, "report.html", "config.json", "metrics.jsonl", "README.md")
 COMPONENTS = {
     "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json",
@@ -1333,13 +1327,15 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
         "quantization", "do_fp8_training", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
         "stratified_noise", "timestep_shift", "prior_loss_weight", "caption_dropout", "masked_loss", "mask_background",
     )  # fmt: skip
-    masks = [sample.mask and sha256(sample.mask.read_bytes()) for sample in plan.samples]
-    uses = [(one.digest, one.bucket, one.prompt, one.is_prior, mask) for one, mask in zip(plan.samples, masks)]
-    images = [f"{sha256(json.dumps(use).encode())} {sample.path.name}" for use, sample in zip(uses, plan.samples)]
-    model = sha256(json.dumps(contents).encode())[:12]
+    samples = [*plan.samples, *plan.held_out]
+    masks = [sample.mask and sha256(sample.mask.read_bytes()) for sample in samples]
+    uses = [(one.digest, one.bucket, one.prompt, one.is_prior, mask) for one, mask in zip(samples, masks)]
+    images = [f"{sha256(json.dumps(use).encode())} {sample.path.name}" for use, sample in zip(uses, samples)]
+    model, adapter = sha256(json.dumps(contents).encode())[:12], cfg.training_adapter
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
-        "--prior_preservation": cfg.prior_kind, "--training_adapter": cfg.training_adapter,
+        "--prior_preservation": cfg.prior_kind,
+        "--training_adapter": sha256(Path(adapter).read_bytes()) if os.path.isfile(adapter or "") else adapter,
         "--bnb_quantization_config_path": read_bnb_settings(cfg),
         "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
     } | ({"--pretrained_model_name_or_path (a hash of its files)": model} if contents else {})  # fmt: skip
@@ -1381,6 +1377,7 @@ def make_plan(cfg: Config) -> Plan:
         samples, held_out = hold_out(plan_samples(cached), cfg)
     schedule = make_schedule(cfg, samples, processes, checkpoint.step if checkpoint else 0)
     say(*describe_plan(samples, cfg, schedule))
+    say(*[f"held out: {', '.join(str(sample.path) for sample in held_out)}"] * bool(held_out))
     return Plan(samples, schedule, checkpoint, held_out)
 
 
@@ -1522,13 +1519,13 @@ def fingerprint(path: Path) -> str:
 
 
 def resolve_timestep_shift(cfg: Config, model: Path) -> Config:
-    """Replace `--timestep_shift scheduler` by the value of the model's scheduler."""
-    if cfg.timestep_shift != "scheduler":
-        return cfg
-    settings = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")
-    is_static = "shift" in settings and not settings.get("use_dynamic_shifting", False)
-    require(is_static, "--timestep_shift scheduler: this model has no shift that fits all image sizes; use a number")
-    return dataclasses.replace(cfg, timestep_shift=str(settings["shift"]))
+    """Write `--timestep_shift` in one way, and replace `scheduler` by the value of the model's scheduler."""
+    shift = cfg.timestep_shift
+    if shift == "scheduler":
+        settings = FlowMatchEulerDiscreteScheduler.load_config(model / "scheduler")
+        shift = None if settings.get("use_dynamic_shifting") else settings.get("shift")
+        require(shift is not None, "--timestep_shift scheduler: this model has no shift that fits all image sizes")
+    return dataclasses.replace(cfg, timestep_shift=f"{float(shift):g}")
 
 
 def identify(model: Path, variant: str | None) -> dict[str, str]:
@@ -1633,9 +1630,8 @@ def sample_quantile(cfg: Config, number: int) -> float:
 def noise_levels(quantiles: list[float], cfg: Config) -> Tensor:
     """Map quantiles to continuous noise levels, 1 being pure noise. -> (B,)
 
-    The densities are those of Stable Diffusion 3 (arXiv 2403.03206, section 3.1), where time is the share of noise;
-    so a positive logit_mean means more noise. The shift is FlowMatchEulerDiscreteScheduler's. Levels are clamped to
-    at least 1/1000: sigma_sqrt divides by them.
+    The densities are Stable Diffusion 3's (arXiv 2403.03206, section 3.1): a positive logit_mean means more noise. The
+    shift is FlowMatchEulerDiscreteScheduler's. Levels are clamped to at least 1/1000: sigma_sqrt divides by them.
     """
     levels = torch.tensor(quantiles, dtype=torch.float64)  # of the uniform distribution
     if cfg.weighting_scheme == "logit_normal":
@@ -1673,7 +1669,7 @@ def load_mask(sample: Sample, is_flipped: bool, centering: tuple[float, float], 
         with Image.open(sample.path) as image:
             mask = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     else:
-        mask = load_image(sample.mask).convert("L")
+        mask = load_image(sample.mask, "black").convert("L")
     mask = ImageOps.fit(mask, (width, height), Image.Resampling.BOX, centering=centering)
     mask = ImageOps.mirror(mask) if is_flipped else mask
     levels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, height, width) / 255
@@ -1749,8 +1745,8 @@ def fill_prompts_cache(tokens: dict[str, list[int]], encodings: Encodings) -> No
 def fill_latents_cache(samples: list[Sample], encodings: Encodings) -> None:
     """Encode the images that are not cached yet, and their flipped copies; load the VAE only if needed."""
     flips = (False, True) if encodings.cfg.random_flip else (False,)
-    mine = share_of([*itertools.product(dict.fromkeys(samples), flips)])
-    mine = [job for job in mine if read_sealed(encodings.latents(*job)) is None]
+    jobs = {encodings.latents(*job): job for job in itertools.product(samples, flips)}
+    mine = [jobs[file] for file in share_of([*jobs]) if read_sealed(file) is None]
     if mine:
         vae = load_vae(encodings.model, encodings.cfg)
         for job, pixels in zip(progress_bar(mine, "encoding images"), load_ahead(load_pixels, mine, 1)):
@@ -2054,8 +2050,7 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
     cast_training_params(transformer, torch.float32)
     prepare_blocks(transformer, cfg)
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
-    # Else DDP broadcasts 12 GB that every process has just read, and fails on torchao's tensors. The public option,
-    # torch's `init_sync`, is not exposed by accelerate.
+    # else DDP broadcasts 12 GB for nothing; accelerate does not expose torch's public option, `init_sync`
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
@@ -2067,6 +2062,8 @@ def load_training_adapter(transformer: ZImageTransformer2DModel, cfg: Config) ->
     with explained(f"--training_adapter {cfg.training_adapter} cannot be loaded"):
         state, settings = ZImagePipeline.lora_state_dict(place, weight_name=name, return_lora_metadata=True)
         transformer.load_lora_adapter(state, metadata=settings, adapter_name="adapter")
+    loaded = [name for name, _ in transformer.named_parameters() if ".adapter." in name]
+    require(len(loaded) == len(state), f"--training_adapter {cfg.training_adapter} does not fit this model")
 
 
 def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dict[str, Tensor]]:
@@ -2077,17 +2074,17 @@ def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dic
     with explained(f"--init_lora {file} cannot be loaded"):
         options = {"weight_name": file.name, "local_files_only": True, "return_lora_metadata": True}
         found, settings = ZImagePipeline.lora_state_dict(str(file.parent), **options)
-    get = (settings or {"transformer.r": 1, "transformer.lora_alpha": 1}).get
-    scale = get("transformer.lora_alpha") / get("transformer.r")
-    odd = [name for name in ("alpha_pattern", "use_rslora") if get(f"transformer.{name}")]
-    found = {name.removeprefix("transformer."): tensor.float() for name, tensor in found.items()}
-    sides = {"lora_A": "in_features", "lora_B": "out_features"}.items()
-    sizes = {f"{name}.{half}.weight": getattr(module, side) for name, module in linear for half, side in sides}
-    odd += [name for name, tensor in found.items() if sizes.get(name) != tensor.shape["lora_A" in name]]
+        get = (settings or {"transformer.r": 1, "transformer.lora_alpha": 1}).get
+        scale = get("transformer.lora_alpha") / get("transformer.r")
+        odd = [name for name in ("alpha_pattern", "use_rslora") if get(f"transformer.{name}")]
+        found = {name.removeprefix("transformer."): tensor.float() for name, tensor in found.items()}
+        sides = {"lora_A": "in_features", "lora_B": "out_features"}.items()
+        sizes = {f"{name}.{half}.weight": getattr(module, side) for name, module in linear for half, side in sides}
+        odd += [n for n, x in found.items() if sizes.get(n) != x.shape["lora_A" in n] or not x.isfinite().all()]
     layers = sorted({name.rsplit(".", 2)[0] for name in found})
     problem = f"{file} is no plain LoRA for linear layers of this model: {', '.join(odd[:3]) or 'it is incomplete'}"
     require(not odd and 0 < 2 * len(layers) == len(found), f"--init_lora {problem}")
-    rank = max(len(tensor) for name, tensor in found.items() if "lora_A" in name)
+    rank = max(tensor.shape["lora_B" in name] for name, tensor in found.items())
     lora = {name: tensor * (scale if "lora_B" in name else 1) for name, tensor in found.items()}
     return dataclasses.replace(cfg, rank=rank, lora_layers=",".join(layers)), lora
 
@@ -2104,10 +2101,8 @@ def describe_lora(transformer: nn.Module, layers: list[str], cfg: Config) -> str
     """Describe the size of the LoRA, its scale, and the size of the frozen weights."""
     frozen = sum(p.numel() * p.element_size() for p in transformer.parameters() if not p.requires_grad)
     count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    return (
-        f"LoRA: {count:,} trainable parameters in {len(layers)} layers, rank {cfg.rank}, effective scale alpha / rank "
-        f"= {cfg.lora_scale:g}, over {frozen / 1e9:.3g} GB of frozen weights"
-    )
+    size = f"{count:,} trainable parameters in {len(layers)} layers, rank {cfg.rank}, effective scale alpha / rank"
+    return f"LoRA: {size} = {cfg.lora_scale:g}, over {frozen / 1e9:.3g} GB of frozen weights"
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -2178,12 +2173,10 @@ def mix_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - sigmas) * latents + sigmas * noise
 
 
-def predict_velocity(
-    transformer: nn.Module, noisy_latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]
-) -> Tensor:
+def predict_velocity(transformer: nn.Module, noisy: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor]) -> Tensor:
     """Predict velocity by Z-Image's conventions: lists, not batches; a frame axis; time 1 - sigma; opposite sign."""
-    assert len(prompt_embeds) == len(noisy_latents), "the model would silently drop the surplus"
-    frames = list(noisy_latents.unsqueeze(2).unbind(0))  # B of (16, 1, h, w)
+    assert len(prompt_embeds) == len(noisy), "the model would silently drop the surplus"
+    frames = list(noisy.unsqueeze(2).unbind(0))  # B of (16, 1, h, w)
     outputs = transformer(frames, 1 - sigmas, prompt_embeds, return_dict=False)[0]
     return -torch.stack(outputs).squeeze(2)  # (B, 16, h, w)
 
@@ -2209,9 +2202,10 @@ def strengths(transformer: nn.Module, **factors: float) -> Iterator[None]:
             layer.set_scale(name, 1)
 
 
-def sum_by_band(losses: Tensor, sigmas: Tensor) -> Tensor:
-    """Sum losses, and count them, in five bands of noise levels. (B,), (B,) -> (2, 5)"""
-    bands = F.one_hot((5 * sigmas).long().clamp(max=4), 5)  # (B, 5)
+def sum_by_band(losses: Tensor, batch: Batch) -> Tensor:
+    """Sum losses, and count them, in five bands of noise levels, and those of preservation. (B,) -> (2, 6)"""
+    is_prior = torch.tensor(batch.is_prior, device=losses.device)  # (B,)
+    bands = F.one_hot(torch.where(is_prior, 5, (5 * batch.sigmas).long().clamp(max=4)), 6)  # (B, 6)
     return torch.stack([torch.where(bands == 1, losses[:, None], 0.0).sum(0), bands.sum(0)])
 
 
@@ -2329,14 +2323,13 @@ def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
             with accelerator.accumulate(run.transformer):
                 losses = training_loss(run.transformer, batch, cfg)  # (B,)
                 accelerator.backward(losses.mean())
-            seen.append((batch.names, batch.sigmas, losses.detach()))
+            seen.append((batch.names, batch.sigmas, sum_by_band(losses.detach(), batch)))
         if len(seen) < cfg.gradient_accumulation_steps:
             return  # the weights have not changed; a resumed run repeats these batches
-        _, sigmas, losses = zip(*seen)
-        sums = accelerator.reduce(sum_by_band(torch.cat(losses), torch.cat(sigmas)), "sum").tolist()  # 2 of 5
+        sums = accelerator.reduce(sum(each for *_, each in seen), "sum").tolist()  # 2 of 6
         grad_norm = float(full_tensor(accelerator.clip_grad_norm_(parameters, cfg.max_grad_norm)))
         metrics = {"step": step + 1, "loss": sum(sums[0]) / sum(sums[1]), "grad_norm": grad_norm}
-        metrics |= {f"loss/{level}": total / count for level, total, count in zip(LEVELS, *sums) if count}
+        metrics |= {f"loss/{band}": total / count for band, total, count in zip((*LEVELS, "prior"), *sums) if count}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
         if is_finite(run, metrics, seen, skipped):
@@ -2511,6 +2504,11 @@ def resume(run: Run) -> None:
             is_known = is_damaged or run.cfg.resume_from_checkpoint not in (None, "latest")
             require(is_known, f"another run has just saved {later}; start again with --resume_from_checkpoint latest")
             say(f"{later} is {'damaged' if is_damaged else 'superseded'}; renamed to {set_aside(later).name}")
+        files = output.glob(f"{STEPS}/gain.json")
+        gains = [(read_json_object(f"{one}", one).get("held-out", {}).get("gain", 0), one) for one in files]
+        later = [one for _, one in gains if int(one.parent.name[5:]) > step]
+        for one in [*later, *[output / BEST_FILE] * (max(gains, default=(0, 0))[1] in later)]:
+            one.unlink(missing_ok=True)
         file = output / "metrics.jsonl"  # keep the steps that are done; drop an incomplete last line
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
@@ -2624,8 +2622,8 @@ def measure_losses(run: Run, sample: Sample, level: float) -> tuple[float, float
         velocity = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
     with strengths(run.transformer, adapter=0, default=0):
         base = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
-    one = torch.ones(1, device=device)
-    return tuple(flow_matching_loss(each, noise - latents, one).item() for each in (velocity, base))
+    target, weights = noise - latents, sigmas.new_ones(1)
+    return tuple(flow_matching_loss(each, target, weights).item() for each in (velocity, base))
 
 
 def gain_of(rows: Iterable[tuple[Any, ...]]) -> float:
@@ -2653,28 +2651,28 @@ def measure_gain(run: Run, step: int) -> None:
     for kind, samples in kinds.items():
         mine = [row for row in rows if row[0] == kind]
         bands = {level: gain_of(row for row in mine if row[2] == level) for level in LEVELS}
-        spread = statistics.pstdev(gain_of(row for row in mine if row[1] == one.path) for one in samples)
-        spread = round(spread / math.sqrt(len(samples) - 1), 4) if len(samples) > 1 else None
+        each = torch.tensor([gain_of(row for row in mine if row[1] == one.path) for one in samples])
+        spread = round(each.std().item() / math.sqrt(len(each)), 4) if len(each) > 1 else None
         gains[kind] = {"gain": gain_of(mine), "spread": spread, "bands": bands}
-        run.accelerator.log({f"gain/{kind}/{level}": bands[level] for level in LEVELS}, step=step)
+        values = {f"gain/{kind}": gain_of(mine)} | {f"gain/{kind}/{level}": bands[level] for level in LEVELS}
+        run.accelerator.log(values, step=step)
     file, lora = validation_folder(run.cfg, step) / "gain.json", lora_state_dict(run.transformer)
-    earlier = map(json.loads, (path.read_text() for path in file.parent.parent.glob("step-*/gain.json")))
+    earlier = [read_json_object(f"{path}", path) for path in Path(run.cfg.output_dir).glob(f"{STEPS}/gain.json")]
     best = max((row["held-out"]["gain"] for row in earlier if "held-out" in row and row["step"] < step), default=0)
     if run.plan.held_out and gains["held-out"]["gain"] > best:
         save_lora(run, lora, Path(run.cfg.output_dir) / BEST_FILE)
     if run.accelerator.is_main_process:
         write_file(file, json.dumps(gains, indent=2).encode())
         write_report(run, {})
-    words = " and ".join(f"by {gains[kind]['gain']:.1%} on {kind} images" for kind in kinds)
+    words = " and ".join(f"by {gains[kind]['gain']:z.1%} on {kind} images" for kind in kinds)
     say(f"step {step}: the LoRA lowers the loss {words}")
-    run.accelerator.log({f"gain/{kind}": gains[kind]["gain"] for kind in kinds}, step=step)
 
 
 REPORT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 64em; margin: auto; padding: 1em }}
 table {{ display: block; overflow-x: auto; border-collapse: collapse }} td {{ border: 1px solid; padding: 5px }}
-img {{ width: 9em; display: block }} svg {{ max-width: 40em; font-size: 12px }} polyline {{ fill: none }}</style>
+img {{ width: 9em; display: block }} svg {{ max-width: 40em; font-size: 14px }} polyline {{ fill: none }}</style>
 </head><body><h1>{title}</h1>{curves}{tables}</body></html>
 """
 
@@ -2688,6 +2686,7 @@ def smooth(rows: list[dict[str, Any]], name: str, window: int) -> list[tuple[int
 
 def draw_curves(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
     """Draw curves over the steps as inline SVG with labeled axes; nothing without two points."""
+    curves = {name: [(x, y) for x, y in curve if math.isfinite(y)] for name, curve in curves.items() if curve}
     points = list(itertools.chain.from_iterable(curves.values()))
     if len({x for x, _ in points}) < 2:
         return ""
@@ -2695,10 +2694,10 @@ def draw_curves(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
     drawn = '<path d="M70 40V190H570" fill="none" stroke="#888"/>'
     wide, tall = 500 / (right - left), 150 / (high - low or 1)
     for number, (name, curve) in enumerate(curves.items()):
-        color = f"hsl({60 * number} 90% 35%)"
+        color = f"hsl({50 * number} 90% 35%)"
         places = " ".join(f"{70 + wide * (x - left):.1f},{190 - tall * (y - low):.1f}" for x, y in curve)
         drawn += f'<polyline stroke="{color}" points="{places}"/>'
-        drawn += f'<text x="{70 + 84 * number}" y="26" fill="{color}">{name}</text>'
+        drawn += f'<text x="{70 + 76 * number}" y="26" fill="{color}">{name}</text>'
     labels = ((66, 194, "end", f"{low:.3g}"), (66, 44, "end", f"{high:.3g}"), (70, 206, "start", f"step {left}"))
     for x, y, anchor, label in (*labels, (570, 206, "end", f"step {right}")):
         drawn += f'<text x="{x}" y="{y}" text-anchor="{anchor}">{label}</text>'
@@ -2715,33 +2714,35 @@ def html_table(title: str, rows: list[list[Any]]) -> str:
 
 def write_report(run: Run, record: dict[str, Any]) -> None:
     """Write report.html, which shows the run in any browser, without JavaScript and without a network."""
-    cfg, output, samples = run.cfg, Path(run.cfg.output_dir), [*run.plan.samples, *run.plan.held_out]
-    folders, prompts = sorted(output.glob("validation/step-*")), validation_prompts(cfg, is_final=True)
-    file = output / "metrics.jsonl"
+    cfg, output = run.cfg, Path(run.cfg.output_dir)
+    file, prompts = output / "metrics.jsonl", cfg.validation_prompt or validation_prompts(cfg, is_final=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []  # none before step 1
-    window = 2 + len(rows) // 20
-    losses = {"all": "loss"} | {f"noise {level}": f"loss/{level}" for level in LEVELS}
+    steps = range(rows[-1]["step"] + 1 if rows else 1)  # a run that was left may have gone further
+    folders = [path for path in sorted(output.glob(STEPS)) if int(path.name[5:]) in steps]
+    window, kinds = 2 + len(rows) // 20, ("held-out", "training")
+    losses = {"all": "loss", **{f"noise {level}": f"loss/{level}" for level in LEVELS}, "prior": "loss/prior"}
     losses = {label: smooth(rows, name, window) for label, name in losses.items()}
-    gains = [json.loads(file.read_text()) for file in sorted(output.glob("validation/step-*/gain.json"))]
-    kinds = ("held-out", "training")
-    gains = {kind: [(row["step"], row[kind]["gain"]) for row in gains if kind in row] for kind in kinds}
-    curves = draw_curves(f"Loss by noise level, means of {window} values", losses)
-    curves += draw_curves("Gain over the base model", gains)
+    gains = [read_json_object(f"{path}", path) for path in (path / "gain.json" for path in folders) if path.exists()]
+    gains = {kind: [(row["step"], 100 * row[kind]["gain"]) for row in gains if kind in row] for kind in kinds}
+    curves = draw_curves(f"Loss by noise level, means of up to {window} values", losses)
+    curves += draw_curves("Gain over the base model, in percent", gains)
     curves += draw_curves("Learning rate", {"": smooth(rows, "lr", 1)})
     curves += draw_curves("Gradient norm", {"": smooth(rows, "grad_norm", 1)})
     grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in folders)]] * bool(prompts)
     for number, image in itertools.product(range(len(prompts)), range(cfg.num_validation_images)):
         files = [folder / f"{number}-{image}.png" for folder in folders]
         grid.append([prompts[number], *(file.relative_to(output) if file.exists() else "" for file in files)])
-    last = validation_folder(cfg, run.plan.schedule.max_train_steps)
-    files = [(last / f"strength-{factor}.png").relative_to(output) for factor in STRENGTHS]
-    sweep = [["strength", *STRENGTHS], [prompts[0], *files]] if prompts and (output / files[0]).exists() else []
-    images = [[one.path.name, f"{one.size[1]} x {one.size[0]}", one.prompt] for one in samples if not one.is_prior]
-    tables = {"Images, from the base model to the LoRA": grid, "The LoRA, weaker and stronger": sweep, "Data": images}
+    files = [(path / f"strength-{factor}.png").relative_to(output) for path in folders[-1:] for factor in STRENGTHS]
+    sweep = [["strength", *STRENGTHS], [*prompts[:1], *files]] * any((output / file).exists() for file in files)
+    samples = [one for one in (*run.plan.samples, *run.plan.held_out) if not one.is_prior]
+    images = [[one.path.name, "{} x {}".format(*one.size), one.prompt] for one in samples]
+    tables = {"Images by step": grid, "The LoRA, weaker and stronger": sweep, "Data": images}
     tables |= {"Memory and speed": record.items(), "Settings": shareable_settings(cfg).items()}
     tables = "".join(html_table(*table) for table in tables.items())
     title = f"Z-Image LoRA: {html.escape(output.resolve().name)}"
-    write_file(output / "report.html", REPORT.format(title=title, curves=curves, tables=tables).encode())
+    write_file(
+        output / "report.html", REPORT.format(title=title, curves=curves, tables=tables).encode(errors="replace")
+    )
 
 
 def validate(run: Run, step: int, is_final: bool = False) -> None:
@@ -2755,7 +2756,7 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     if not jobs:
         return
     record_peak(run.peaks, "training")
-    say(f"step {step}: generating {len(jobs)} images")
+    say(f"step {step}: generating {len(jobs)} images in {folder}")
     live = run.accelerator.unwrap_model(run.transformer).eval()
     on_step_end = None if is_final else run.stop.on_step_end  # finally, the LoRA is complete
     pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
@@ -2775,7 +2776,6 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
         write_file(folder / "sheet.png", png_bytes(sheet))
         log_images(run.accelerator, images, [prompts[prompt] for _, prompt, *_ in jobs[: len(names)]], step)
         write_report(run, {})
-        say(f"step {step}: images in {folder}")
 
 
 def log_images(accelerator: Accelerator, images: list[Image.Image], captions: list[str], step: int) -> None:
@@ -3092,7 +3092,8 @@ def save_model_card(cfg: Config, plan: Plan, record: dict[str, Any]) -> None:
     """Write README.md: images, trigger prompt, how to use the LoRA, how it was trained; without local paths."""
     step, trigger = plan.schedule.max_train_steps, trained_prompt(cfg, plan.samples)
     settings = {name: value for name, value in shareable_settings(cfg).items() if value != getattr(Config, name)}
-    public = {name: value for name, value in settings.items() if not re.search("_(dir|path|checkpoint|name)$", name)}
+    is_local = re.compile(r".*_(dir|path|checkpoint|name|adapter|lora)").fullmatch
+    public = {name: value for name, value in settings.items() if not is_local(name)}
     base = None if Path(cfg.pretrained_model_name_or_path).exists() else cfg.pretrained_model_name_or_path
     folder, prompts = validation_folder(cfg, step).relative_to(cfg.output_dir), validation_prompts(cfg, is_final=True)
     jobs = itertools.product(range(len(prompts)), range(cfg.num_validation_images))
@@ -3144,7 +3145,7 @@ def compare_peaks(run: Run, phases: list[Phase]) -> dict[str, Any]:
     """Compare the memory that the GPU has used with the simulated one, in GiB; add the median time of a step."""
     metrics = map(json.loads, Path(run.cfg.output_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     seconds = [row["seconds"] for row in metrics]
-    record = {"seconds_per_step": statistics.median(seconds)} if seconds else {}
+    record = {"seconds_per_step": round(statistics.median(seconds), 4)} if seconds else {}
     for phase in phases:
         measured = max(gather_object([run.peaks.get(phase.name, 0)]))
         record[phase.name] = {"simulated": round(phase.peak / GIB, 2)}
@@ -3154,9 +3155,8 @@ def compare_peaks(run: Run, phases: list[Phase]) -> dict[str, Any]:
 
 def describe_results(cfg: Config, file: Path, record: dict[str, Any]) -> list[str]:
     """Describe where the results are, and how many steps were skipped."""
-    metrics, images = Path(cfg.output_dir) / "metrics.jsonl", Path(cfg.output_dir) / "validation"
-    lines = [f"LoRA      {file}", f"metrics   {metrics}"] + [f"images    {images}"] * any(images.glob("*/sheet.png"))
-    skipped = metrics.read_text(encoding="utf-8").count('"is_skipped": true')
+    lines = [f"LoRA      {file}", f"report    {file.with_name('report.html')}"]
+    skipped = file.with_name("metrics.jsonl").read_text(encoding="utf-8").count('"is_skipped": true')
     for name, value in record.items():
         parts = {"": value} if isinstance(value, float) else value
         text = ", ".join(f"{part:.3g} GiB {kind}" if kind else f"{part:.3g}" for kind, part in parts.items())
@@ -3316,8 +3316,8 @@ def prepare_output(cfg: Config, chosen: dict[str, Any], accelerator: Accelerator
         is_replaced = cfg.overwrite_output_dir or (cfg.demo and cfg.resume_from_checkpoint is None)
         stale = [path for pattern in TEMPORARY_FILES for path in output.glob(pattern)]  # of a run that was killed
         if is_replaced:
-            images = [*output.glob("validation/step-*/*.png"), *output.glob("validation/step-*/gain.json")]
-            stale += [path for path in images if re.fullmatch(r"\d+-\d+|sheet|strength-.+", path.stem)]
+            names = re.compile(r"(\d+-\d+|sheet|strength-[\d.]+)\.png|gain\.json")
+            stale += [path for path in output.glob(f"{STEPS}/*") if names.fullmatch(path.name)]
             stale += [output / name for name in RUN_FILES]
             folders = [*list_checkpoints(output), *filter(is_half_checkpoint, output.glob("checkpoint-*[0-9]"))]
             for folder in (*folders, *output.glob("superseded-checkpoint-*-????????")):
