@@ -4888,6 +4888,82 @@ def test_losses_of_preservation_are_told_apart(make_config, tmp_path):
     assert ">prior</text>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_run_survives_odd_names_in_its_folders(make_config, images, tmp_path):
+    """A name that is no UTF-8, folders beside those of validation, and strengths that are somebody's own."""
+    os.rename(images / "0.png", os.fsencode(images) + b"/caf\xe9.png")
+    odd = tmp_path / "out" / "validation"
+    for name in ("step-foo/strength-mine.png", "step-000002 (copy)/0-0.png", "step-000000/strength-mine.png"):
+        z.write_file(odd / name, b"mine")
+    cfg = make_config(validation_prompt=("a",), holdout=1)
+    run(cfg)
+    assert "caf?.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    run(dataclasses.replace(cfg, overwrite_output_dir=True))
+    assert sum(path.read_bytes() == b"mine" for path in odd.rglob("*.png")) == 3
+    (odd / "step-000000" / "gain.json").write_text("{")
+    with pytest.raises(UserError, match="step-000000/gain.json cannot be read as JSON"):
+        run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
+
+
+def test_the_report_shows_images_also_without_final_ones(make_config, tmp_path):
+    run(make_config(validation_prompt=("a",), skip_final_inference=True))
+    assert "step-000000/0-0.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_lora_that_is_not_finite_is_named_also_when_measured(make_config, tmp_path):
+    cfg = make_config(learning_rate=9e5, max_train_steps=6, validation_steps=1, validation_prompt=("a",))
+    with pytest.raises(FloatingPointError, match="lower --learning_rate|the loss is"):
+        run(cfg)
+    nan = float("nan")
+    assert z.draw_curves("Loss", {"a": [(1, 0.5), (2, nan), (3, 1.0)]}).count("points=") == 1
+    assert "nan" not in z.draw_curves("Loss", {"a": [(1, 0.5), (2, nan), (3, 1.0)]})
+
+
+def test_the_best_lora_of_an_abandoned_course_is_removed(make_config, tmp_path):
+    """Only if it is of a later step: on the same course, resuming restores it."""
+    cfg = make_config(
+        max_train_steps=6, validation_steps=2, checkpointing_steps=2, holdout=1, validation_prompt=("a",)
+    )
+    run(cfg)
+    best = tmp_path / "out" / z.BEST_FILE
+    for top, is_kept in ((2, True), (6, False)):
+        best.write_bytes(b"best")
+        for step in (2, 4, 6):
+            z.write_file(z.validation_folder(cfg, step) / "gain.json", json.dumps(
+                {"step": step, "held-out": {"gain": 9 if step == top else 1}, "training": {"gain": 0}}
+            ).encode())  # fmt: skip
+        run(dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="checkpoint-2"))
+        assert sorted(gains_of(cfg)) == [0, 2, 3]
+        assert (best.exists() and best.read_bytes() == b"best") == is_kept
+
+
+def test_an_image_of_two_samples_is_encoded_once(make_config, tmp_path, capsys):
+    cache = str(tmp_path / "cache")
+    run(make_config(prior_preservation="base", class_prompt="dog", cache_dir=cache, validation_prompt=("a",)))
+    assert "encoding images: 100%|██████████| 5/5" in capsys.readouterr().err
+
+
+def test_the_shift_is_bound_as_a_number(make_config, model):
+    shifts = [make_config(timestep_shift=text) for text in ("6", "6.0", "scheduler")]
+    assert {z.resolve_timestep_shift(cfg, model).timestep_shift for cfg in shifts} == {"6"}
+
+
+def test_a_mask_is_no_image_and_may_be_transparent(images, make_config, capsys):
+    draw(images / "gone-MaskLabel.PNG", (64, 64), (255, 255, 255))
+    mask = Image.new("RGBA", Image.open(images / "0.png").size, (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, mask.width // 2, mask.height))
+    mask.save(images / "0.mask.png")
+    samples = z.plan_samples(make_config(masked_loss=True))
+    assert len(samples) == 5 and "ignored: gone-MaskLabel.PNG" in capsys.readouterr().out
+    levels = z.load_mask(samples[0], False, (0.5, 0.5), 0.0)
+    assert levels[..., 0].min() == 1 and levels[..., -1].max() == 0, "what is transparent does not count"
+
+
+def test_the_plan_names_what_is_held_out(make_config, capsys):
+    plan = z.make_plan(make_config(holdout=2))
+    assert len(plan.held_out) == 2
+    assert re.search(r"held out: \S+3.png, \S+4.png\n", capsys.readouterr().out)
+
+
 def test_held_out_images_are_not_trained_and_stay_so_on_resuming(images, make_config, tmp_path):
     cfg = make_config(
         holdout=2,
@@ -5171,6 +5247,15 @@ def test_the_training_adapter_is_on_only_while_training(quantization, model, mak
     assert losses_of(cfg)[0] != losses_of(plain)[0] and gains_of(cfg)[0]["training"]["gain"] == 0
     names = [load_file(Path(one.output_dir, z.LORA_FILE)).keys() for one in (cfg, plain)]
     assert names[0] == names[1]
+    whole, state = file.read_bytes(), load_file(file)
+    save_file({name: 2 * tensor for name, tensor in state.items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="saved with different settings or data: --training_adapter"):
+        run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
+    for old, new in (("diffusion_model", "text_encoder"), ("layers", "blocks")):
+        save_file({name.replace(old, new): tensor for name, tensor in state.items()}, file, {"format": "pt"})
+        with pytest.raises(UserError, match="--training_adapter .* does not fit this model|cannot be loaded"):
+            z.load_training_adapter(z.load_transformer(model, cfg, torch.float32), cfg)
+    file.write_bytes(whole)
     whole = lora_bytes(cfg)
     run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
     assert lora_bytes(cfg) == whole
@@ -5215,13 +5300,25 @@ def test_a_file_that_is_no_lora_of_this_model_is_refused(model, make_config, tmp
     cases["w2.lora_magnitude"] = state | {"transformer.layers.1.feed_forward.w2.lora_magnitude_vector": torch.ones(2)}
     cases["to_q.lora_B.weight"] = state | {names[1]: torch.ones(3, 4)}
     cases["it is incomplete"] = {name: state[name] for name in names[1:]}
+    cases["to_q.lora_A.weight"] = state | {names[0]: torch.full_like(state[names[0]], math.nan)}
     for words, tensors in cases.items():
         save_file(tensors, tmp_path / "odd.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match=f"--init_lora .*odd.safetensors is no plain LoRA .*{words}"):
             z.read_lora(make_config(init_lora=str(tmp_path / "odd.safetensors")), empty)
     (tmp_path / "odd.safetensors").write_text("nonsense")
-    with pytest.raises(UserError, match="--init_lora .*odd.safetensors cannot be loaded"):
-        z.read_lora(make_config(init_lora=str(tmp_path / "odd.safetensors")), empty)
+    settings = json.dumps({"transformer.r": 0, "transformer.lora_alpha": 1})
+    save_file(state, tmp_path / "zero.safetensors", {"format": "pt", "lora_adapter_metadata": settings})
+    for name in ("odd", "zero"):
+        with pytest.raises(UserError, match=f"--init_lora .*{name}.safetensors cannot be loaded"):
+            z.read_lora(make_config(init_lora=str(tmp_path / f"{name}.safetensors")), empty)
+    wider = {
+        name: torch.cat([x, x], int("lora_B" in name)) if "to_q.lora_B" in name else x for name, x in state.items()
+    }
+    save_file(wider, tmp_path / "wider.safetensors", {"format": "pt"})
+    cfg, lora = z.read_lora(make_config(init_lora=str(tmp_path / "wider.safetensors")), empty)
+    transformer = z.load_transformer(model, cfg, torch.float32)
+    z.add_lora(transformer, z.resolve_lora_layers(cfg.lora_layers, empty), cfg)
+    z.start_from(lora, transformer, cfg)  # the surplus meets rows that are not in the file
     torch.save(state, tmp_path / "odd.bin")
     for name in ("nowhere.safetensors", str(tmp_path), str(tmp_path / "odd.bin")):
         with pytest.raises(UserError, match="--init_lora .* is not a .safetensors file; specify one"):

@@ -1335,7 +1335,7 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
         "--prior_preservation": cfg.prior_kind,
-        "--training_adapter": sha256(Path(adapter).read_bytes()) if os.path.isfile(adapter or "") else adapter,
+        "--training_adapter": sha256(Path(adapter).read_bytes())[:12] if os.path.isfile(adapter or "") else adapter,
         "--bnb_quantization_config_path": read_bnb_settings(cfg),
         "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
     } | ({"--pretrained_model_name_or_path (a hash of its files)": model} if contents else {})  # fmt: skip
