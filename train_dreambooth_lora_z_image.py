@@ -2740,9 +2740,8 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     tables |= {"Memory and speed": record.items(), "Settings": shareable_settings(cfg).items()}
     tables = "".join(html_table(*table) for table in tables.items())
     title = f"Z-Image LoRA: {html.escape(output.resolve().name)}"
-    write_file(
-        output / "report.html", REPORT.format(title=title, curves=curves, tables=tables).encode(errors="replace")
-    )
+    page = REPORT.format(title=title, curves=curves, tables=tables)
+    write_file(output / "report.html", page.encode(errors="replace"))
 
 
 def validate(run: Run, step: int, is_final: bool = False) -> None:
@@ -2756,7 +2755,7 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     if not jobs:
         return
     record_peak(run.peaks, "training")
-    say(f"step {step}: generating {len(jobs)} images in {folder}")
+    say(f"step {step}: generating {len(jobs)} images")
     live = run.accelerator.unwrap_model(run.transformer).eval()
     on_step_end = None if is_final else run.stop.on_step_end  # finally, the LoRA is complete
     pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
@@ -2776,6 +2775,7 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
         write_file(folder / "sheet.png", png_bytes(sheet))
         log_images(run.accelerator, images, [prompts[prompt] for _, prompt, *_ in jobs[: len(names)]], step)
         write_report(run, {})
+        say(f"step {step}: images in {folder}")
 
 
 def log_images(accelerator: Accelerator, images: list[Image.Image], captions: list[str], step: int) -> None:
