@@ -3878,7 +3878,9 @@ def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
     names = [name for name in ALONE if verdict(name, "FSDP") == "yes"]
     common = {"validation_prompt": ["a"], "validation_steps": 1, "num_inference_steps": 2, "guidance_scale": 0.0}
     configs = [dataclasses.replace(together(make_config, tmp_path, "FSDP", name), **common) for name in names]
-    two = make_config(output_dir=str(tmp_path / "two"), mixed_precision="bf16", max_train_steps=4, train_batch_size=1)
+    two = make_config(
+        output_dir=str(tmp_path / "two"), mixed_precision="bf16", max_train_steps=4, train_batch_size=1, timestep_shift="1"
+    )  # fmt: skip
     envs = [{"ACCELERATE_DYNAMO_BACKEND": "EAGER" if name == "compile" else "NO"} for name in [*names, "bf16"]]
     done = launch_configs(
         tmp_path, [*configs, two], envs, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2",
@@ -3966,7 +3968,7 @@ def test_signals_to_the_process_stop_it_after_the_micro_batch_with_a_checkpoint(
     rows, checkpoints = steps_on_disk(workplace / "out")
     assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT after step" in rest
     assert checkpoints[-1] == rows[-1], "the step whose images were being generated is saved"
-    assert not (workplace / "out" / "validation" / f"step-{rows[-1]:06d}").exists()
+    assert not list((workplace / "out" / "validation" / f"step-{rows[-1]:06d}").glob("*.png"))
 
     process = start(workplace, *small_run(model, "--checkpointing_steps=1"))
     while process.poll() is None and len([*(workplace / "out").glob("checkpoint-*")]) == len(checkpoints):
@@ -4732,13 +4734,15 @@ def test_the_file_gives_the_images_of_the_final_validation(alpha, make_config, m
 def test_validation_leaves_the_model_and_the_random_state_alone(make_config, model):
     cfg = make_config(validation_prompt=("a",), lora_dropout=0.5)
     accelerator, encodings = z.make_accelerator(cfg), encodings_of(cfg, model)
-    z.fill_prompts_cache(tokens_of(model, ["a", ""]), encodings)
+    samples = z.plan_samples(cfg)[:1]
+    z.fill_prompts_cache(tokens_of(model, ["a", "", samples[0].prompt]), encodings)
+    z.fill_latents_cache(samples, encodings)
     transformer, _ = with_lora(model, cfg, b_std=0.5)
     transformer = accelerator.prepare(transformer.train())
     before, addresses = torch.get_rng_state(), {name: p.data_ptr() for name, p in transformer.named_parameters()}
     images = []
     for step in (1, 2):
-        z.validate(make_run(cfg, transformer, None, accelerator)._replace(encodings=encodings), step)
+        z.validate(make_run(cfg, transformer, None, accelerator, samples)._replace(encodings=encodings), step)
         images.append((z.validation_folder(cfg, step) / "0-0.png").read_bytes())
     assert torch.equal(torch.get_rng_state(), before) and transformer.training
     assert {name: p.data_ptr() for name, p in transformer.named_parameters()} == addresses
@@ -5070,7 +5074,7 @@ def test_when_images_are_generated(make_config, tmp_path):
     def steps(**changes):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         run(make_config(max_train_steps=4, validation_steps=2, num_inference_steps=1, **changes))
-        return sorted(path.name for path in (tmp_path / "out").glob("validation/*"))
+        return sorted({path.parent.name for path in (tmp_path / "out").glob("validation/*/*.png")})
 
     assert steps() == []
     assert steps(validation_prompt=("a",)) == ["step-000000", "step-000002", "step-000004"]
