@@ -5445,7 +5445,7 @@ def test_demo_replaces_only_its_own(tmp_path, monkeypatch, capsys):
     small = ["--demo", "--max_train_steps=1", "--num_inference_steps=1"]
     run(parse_config(small))
     said = capsys.readouterr().out
-    assert "z-image-demo/metrics.jsonl" in said and "accelerate launch" in said
+    assert "z-image-demo/report.html" in said and "accelerate launch" in said
     run(parse_config([*small, "--instance_data_dir=mine", "--rank=2"]))
     assert json.loads((tmp_path / "z-image-demo" / "config.json").read_text())["rank"] == 2
     assert len((tmp_path / "z-image-demo" / "metrics.jsonl").read_text().splitlines()) == 1
@@ -5471,6 +5471,7 @@ def test_push_to_hub(hub, workplace, model):
     done = run_with_hub(hub, workplace, model, *more)
     assert done.returncode == 0 and "uploaded to org/dog" in done.stdout, done.stderr[-3000:]
     images = [f"validation/step-00000{step}/{name}.png" for step in (0, 2) for name in ("0-0", "sheet")]
+    images += [f"validation/step-000002/strength-{factor}.png" for factor in z.STRENGTHS]
     assert sorted(hub.files) == sorted(["pytorch_lora_weights.safetensors", "README.md", *images])
     assert not any(str(path).encode() in content for path in (model, workplace) for content in hub.files.values())
     assert all((workplace / "my-dog" / name).read_bytes() == content for name, content in hub.files.items())
