@@ -3879,7 +3879,8 @@ def test_every_technique_under_fsdp_that_is_not_refused(make_config, tmp_path):
     common = {"validation_prompt": ["a"], "validation_steps": 1, "num_inference_steps": 2, "guidance_scale": 0.0}
     configs = [dataclasses.replace(together(make_config, tmp_path, "FSDP", name), **common) for name in names]
     two = make_config(
-        output_dir=str(tmp_path / "two"), mixed_precision="bf16", max_train_steps=4, train_batch_size=1, timestep_shift="1"
+        output_dir=str(tmp_path / "two"), mixed_precision="bf16", max_train_steps=4, train_batch_size=1,
+        timestep_shift="1",
     )  # fmt: skip
     envs = [{"ACCELERATE_DYNAMO_BACKEND": "EAGER" if name == "compile" else "NO"} for name in [*names, "bf16"]]
     done = launch_configs(
