@@ -4254,7 +4254,7 @@ def run_undisturbed(workplace, model, name):
     assert process.communicate(timeout=300) and process.returncode == 0
     expected = results(workplace)
     for folder in ("out", "cache", "classes"):
-        shutil.rmtree(workplace / folder)
+        shutil.rmtree(workplace / folder, ignore_errors=folder == "classes")  # only where there are class images
     return expected
 
 
@@ -4277,6 +4277,7 @@ def test_soak(name, how, workplace, model, capsys):
     """Every configuration killed seven times, through the launcher's group, then left to end."""
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
     expected, flags = run_undisturbed(workplace, model, name), killed_config(workplace, model, name)
+    without = {"generating": "prior_preservation", "encoding images": "cache_latents"}  # settings that skip a stage
     chance, hits = random.Random(name), []
     for event in EVENTS:
         if how == "at random":
@@ -4284,7 +4285,7 @@ def test_soak(name, how, workplace, model, capsys):
             read_until(process, " bucket ")  # the imports are over
             until = time.monotonic() + 2 * chance.random()
             hits += ["random"] * kill_when(process, lambda: time.monotonic() > until)
-        elif event != "encoding images" or "cache_latents" not in KILLED[name]:
+        elif without.get(event) not in KILLED[name]:
             assert not has_happened(workplace, event)
             hits += [event] * kill_when(
                 start(workplace, *flags, launcher=launcher), lambda: has_happened(workplace, event)
