@@ -4944,7 +4944,7 @@ def test_the_best_lora_of_an_abandoned_course_is_removed(make_config, tmp_path):
 def test_an_image_of_two_samples_is_encoded_once(make_config, tmp_path, capsys):
     cache = str(tmp_path / "cache")
     run(make_config(prior_preservation="base", class_prompt="dog", cache_dir=cache, validation_prompt=("a",)))
-    assert "encoding images: 100%|██████████| 5/5" in capsys.readouterr().err
+    assert "encoding images: 100%|██████████| 5/5 " in capsys.readouterr().err
 
 
 def test_the_shift_is_bound_as_a_number(make_config, model):
