@@ -2050,7 +2050,7 @@ def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Conf
     cast_training_params(transformer, torch.float32)
     prepare_blocks(transformer, cfg)
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
-    # else DDP broadcasts 12 GB for nothing; accelerate does not expose torch's public option, `init_sync`
+    # else DDP broadcasts 12 GB, and fails on torchao's tensors; accelerate does not expose torch's `init_sync`
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
