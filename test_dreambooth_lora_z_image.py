@@ -1570,6 +1570,10 @@ MISTAKES = {
         lambda w: ["--with_prior_preservation", "--class_prompt=p", "--class_data_dir=dog"],
         "--class_data_dir is inside --instance_data_dir",
     ),
+    "overwriting what is started from": (
+        lambda w: ["--overwrite_output_dir", "--init_lora=out/a.safetensors", "--output_dir=out"],
+        "--init_lora is in --output_dir, which --overwrite_output_dir clears; copy it elsewhere",
+    ),
     "overwriting what is continued": (
         lambda w: ["--overwrite_output_dir", "--resume_from_checkpoint=latest"],
         "give only one of them",
@@ -2901,15 +2905,18 @@ def test_prompts_are_dropped_for_a_share_of_the_instance_examples(make_config):
     assert "" in z.needed_prompts([sample(0)], cfg) and "" not in z.needed_prompts([sample(0)], make_config())
 
 
-def test_the_trigger_word_is_in_every_caption(images, make_config):
-    for number, caption in enumerate(("a [trigger] in a box, [trigger]", "one sks dog", "a dog", "")):
-        (images / f"{number}.txt").write_text(caption)
+def test_the_trigger_word_is_in_every_prompt(images, make_config):
+    for number, caption in enumerate(("a [trigger] in a box, [trigger]", "一只sks狗", "two skses", "")):
+        (images / f"{number}.txt").write_text(caption, encoding="utf-8")
     samples = z.plan_samples(make_config(trigger_word="sks", instance_prompt="a photo"))
-    expected = ["a sks in a box, sks", "one sks dog", "sks a dog", "sks", "a photo"]
-    assert [sample.prompt for sample in samples] == expected, "the prompt of the command is left as it is"
-    with pytest.raises(UserError, match=r"the caption of .*0.png contains \[trigger\]; set --trigger_word"):
+    expected = ["a sks in a box, sks", "一只sks狗", "sks two skses", "sks", "sks a photo"]
+    assert [sample.prompt for sample in samples] == expected
+    assert z.trained_prompt(make_config(trigger_word="sks", instance_prompt="a photo"), samples) == "sks a photo"
+    samples = z.plan_samples(make_config(trigger_word="<s+>", instance_prompt="a [trigger]"))
+    assert [samples[0].prompt, samples[4].prompt] == ["a <s+> in a box, <s+>", "a <s+>"]
+    with pytest.raises(UserError, match=r"the prompt of .*0.png contains \[trigger\]; set --trigger_word"):
         z.plan_samples(make_config(instance_prompt="p"))
-    for name in ("instance_prompt", "final_validation_prompt"):
+    for name in ("class_prompt", "final_validation_prompt"):
         with pytest.raises(UserError, match=rf"--{name}: \[trigger\] is replaced in captions only"):
             make_config(**{name: "a [trigger]"})
 
@@ -2982,7 +2989,7 @@ def test_preservation_by_the_base_model_puts_the_class_in_place_of_the_trigger(i
     (images / "0.txt").write_text("a sks dog in a box")
     cfg = make_config(prior_preservation="base", class_prompt="dog", trigger_word="sks dog", instance_prompt="photo")
     samples = z.plan_samples(cfg)
-    assert [one.prompt for one in samples if one.is_prior] == ["a dog in a box", *["dog"] * 4]
+    assert [one.prompt for one in samples if one.is_prior] == ["a dog in a box", *["dog photo"] * 4]
     assert [one.digest for one in samples if one.is_prior] == [one.digest for one in samples if not one.is_prior]
     samples = z.plan_samples(dataclasses.replace(cfg, trigger_word=None))
     assert {one.prompt for one in samples if one.is_prior} == {"dog"}
@@ -4875,6 +4882,18 @@ def test_the_report_of_a_run_that_went_back_ends_there(make_config, tmp_path):
     assert (tmp_path / "out" / "validation" / "step-000006" / "0-0.png").exists()
 
 
+def test_the_report_shows_images_under_their_own_prompts(make_config, tmp_path):
+    """Images of an earlier prompt, or somebody's own, are not those of the prompt that a resumed run has."""
+    cfg = make_config(max_train_steps=2, validation_steps=1, checkpointing_steps=1, validation_prompt=("a", "一只狗"))
+    run(dataclasses.replace(cfg, max_train_steps=1))
+    (tmp_path / "out" / "validation" / "step-000000" / "1-0.png").write_bytes(b"mine")
+    cfg = dataclasses.replace(cfg, validation_prompt=("b", "一只狗"), resume_from_checkpoint="latest")
+    run(cfg)
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8").split("The LoRA, weaker and stronger")[0]
+    shown = re.findall(r'src="validation/step-00000(\d)/(\d)-0', text)
+    assert shown == [("2", "0"), ("1", "1"), ("2", "1")]
+
+
 def test_an_overwritten_run_leaves_no_measurements(make_config, tmp_path):
     cfg = make_config(max_train_steps=4, validation_steps=2, holdout=1, validation_prompt=("a",))
     run(cfg)
@@ -5191,10 +5210,13 @@ def some_lora(kind, model, folder):
 
 
 @pytest.mark.parametrize("kind", ["ours", "peft", "comfy", "kohya"])
-def test_a_run_starts_from_a_lora(kind, model, make_config, tmp_path):
+def test_a_run_starts_from_a_lora(kind, model, make_config, tmp_path, capsys):
     """The new LoRA predicts what diffusers predicts with the file, and the run goes on from there."""
-    file = some_lora(kind, model, tmp_path)
+    file, note = some_lora(kind, model, tmp_path), "note: --init_lora has rank 4, not --rank 8"
     cfg, lora = z.read_lora(make_config(init_lora=str(file), lora_alpha=6.0), z.make_empty_transformer(model))
+    assert note not in capsys.readouterr().out
+    z.read_lora(make_config(init_lora=str(file), rank=8), z.make_empty_transformer(model))
+    assert note in capsys.readouterr().out
     transformer, _ = with_lora(model, cfg)
     z.start_from(lora, transformer, cfg)
     pipe = ZImagePipeline.from_pretrained(model)
@@ -5687,7 +5709,7 @@ SHOWN = {
     "masked_loss": "test_runs_with_masks_differ_by_the_masks_and_resume_exactly",
     "mask_background": "test_runs_with_masks_differ_by_the_masks_and_resume_exactly",
     "init_lora": "test_a_run_starts_from_a_lora",
-    "trigger_word": "test_the_trigger_word_is_in_every_caption",
+    "trigger_word": "test_the_trigger_word_is_in_every_prompt",
     "pretrained_model_name_or_path": "test_hub_name_is_found_in_the_cache_and_answered_in_a_sentence_otherwise",
     "instance_data_dir": "test_two_processes_follow_the_curve_of_one",
     "dataset_name": "test_dataset_folder",

@@ -40,7 +40,6 @@ import contextlib
 import csv
 import dataclasses
 import errno
-import functools
 import gc
 import hashlib
 import html
@@ -265,7 +264,7 @@ class Config:
     aspect_ratio_buckets: str | None = flag(None, "Explicit buckets: 'height,width;height,width;...'.")
     center_crop: bool = flag(False, "Crop at the center instead of at a random position.")
     random_flip: bool = flag(False, "Flip images horizontally with probability 0.5.")
-    trigger_word: str | None = flag(None, "Word put in place of [trigger], or before any caption that lacks it.")
+    trigger_word: str | None = flag(None, "Word put in place of [trigger], or before a prompt that lacks it.")
     caption_dropout: float = flag(0.0, "Share of instance examples with an empty prompt.", at_least=0, below=1)
     prior_preservation: Prior | None = flag(None, "Also train on class images, or toward the base model.")
     with_prior_preservation: bool = flag(False, "Old name for --prior_preservation images.")
@@ -455,7 +454,7 @@ def misfits(cfg: Config) -> Iterator[str]:
             yield f"--{field.name} does not accept {shown}; it accepts {kind}"
         if value == "" and not field.name.endswith("prompt"):
             yield f"--{field.name} is empty; give it a value or leave it out"
-        if "[trigger]" in str(value):
+        if "[trigger]" in str(value) and field.name != "instance_prompt":
             yield f"--{field.name}: [trigger] is replaced in captions only; write the trigger word itself"
         for name, bound in field.metadata["bounds"].items():
             holds, words = BOUNDS[name]
@@ -863,6 +862,17 @@ def describe_ignored(files: list[Path]) -> list[str]:
     return [f"ignored: {shown}" + f" ({'; '.join(hints)})" * bool(hints)] * bool(names)
 
 
+def whole(word: str) -> re.Pattern[str]:
+    """Match a word, but not in a longer Latin one; Chinese is written without spaces."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.ASCII)
+
+
+def with_trigger(text: str, word: str | None) -> str:
+    """Put the trigger word in place of [trigger], or before a text that lacks it."""
+    text = text if word is None else text.replace("[trigger]", word)
+    return text if word is None or whole(word).search(text) else f"{word} {text}".strip()
+
+
 def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -> list[Sample]:
     """Make samples from the images in a folder; report skipped files. Raises UserError for a bad caption."""
     found, samples, skipped = find_files(Path(os.path.normpath(folder))), [], []
@@ -886,13 +896,11 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
             skipped.append(f"warning: {error}; skipped")
             continue
         caption = captions.get(path) if texts[path] is None else read_text(texts[path]).strip()
-        if caption is not None and cfg.trigger_word is not None and not is_prior:
-            caption = caption.replace("[trigger]", cfg.trigger_word)
-            caption = caption if cfg.trigger_word in caption else f"{cfg.trigger_word} {caption}".strip()
         text = prompt if caption is None else caption
-        require("[trigger]" not in (text or ""), f"the caption of {path} contains [trigger]; set --trigger_word")
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
+        text = text if is_prior else with_trigger(text, cfg.trigger_word)
+        require("[trigger]" not in text, f"the prompt of {path} contains [trigger]; set --trigger_word")
         mask = find_mask(path, size) if cfg.masked_loss and not is_prior else None
         skipped += [f"note: {path} has no mask"] * (cfg.masked_loss and not is_prior and mask is None)
         samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest, mask))
@@ -901,9 +909,8 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
 
 
 def trained_prompt(cfg: Config, samples: list[Sample]) -> str | None:
-    """Return `--instance_prompt` if any image is trained with it, or else `--trigger_word`."""
-    is_used = any(not sample.has_caption and not sample.is_prior for sample in samples)
-    return cfg.instance_prompt if is_used else cfg.trigger_word
+    """Return the prompt of the images without a caption, or else `--trigger_word`."""
+    return next((one.prompt for one in samples if not one.has_caption and not one.is_prior), cfg.trigger_word)
 
 
 def plan_samples(cfg: Config) -> list[Sample]:
@@ -920,7 +927,7 @@ def plan_samples(cfg: Config) -> list[Sample]:
             say(f"note: {match[0]} sets nothing; use --repeats {match[1]} and --instance_prompt='{match[2]}'")
     if cfg.prior_kind == "base":  # the same images, with the class in place of the trigger
         word, kind, more = cfg.trigger_word, cfg.class_prompt, {"has_caption": False, "is_prior": True, "mask": None}
-        prompts = [one.prompt.replace(word, kind) if word and word in one.prompt else kind for one in samples]
+        prompts = [whole(word).sub(lambda _: kind, one.prompt) if word else kind for one in samples]
         samples += [dataclasses.replace(one, prompt=text, **more) for one, text in zip(samples, prompts)]
     samples += plan_class_images(cfg) if cfg.prior_kind == "images" else []
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
@@ -1036,11 +1043,10 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         members = [sample for sample in samples if sample.bucket == bucket]
         counts = [views[index] for index, sample in enumerate(samples) if sample.bucket == bucket]
         name, names = f"{bucket[0]} x {bucket[1]}", ", ".join(str(sample.path) for sample in members[:5])
-        require(
-            max(counts) > 0 or all(is_short[member.is_prior] for member in members),
-            f"bucket {name} never fills a batch of {size} in this run, so {names} would not be used; lower "
-            "--train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer",
-        )
+        is_used = max(counts) > 0 or all(is_short[member.is_prior] for member in members)
+        problem = f"bucket {name} never fills a batch of {size} in this run, so {names} would not be used; lower"
+        remedy = "--train_batch_size, with more --gradient_accumulation_steps, use fewer buckets, or train longer"
+        require(is_used, f"{problem} {remedy}")
         seen = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         classes, captions = sum(sample.is_prior for sample in members), sum(sample.has_caption for sample in members)
         smallest = "{} x {}".format(*min((sample.size for sample in members), key=math.prod))
@@ -1052,15 +1058,13 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         files = [str(sample.path) for sample in sorted(small, key=lambda sample: math.prod(sample.size))]
         notes += [f"upscaled to {name}: {', '.join(files[:5])}{', ...' * (len(files) > 5)}"] * bool(files)
     notes += ["the run is shorter than one epoch: not every image will be seen"] * is_short[False]
-    is_unused = cfg.instance_prompt not in (None, trained_prompt(cfg, samples))
+    is_unused = cfg.instance_prompt is not None and all(one.has_caption or one.is_prior for one in samples)
     notes += ["--instance_prompt is not used: every image has its own caption"] * is_unused
     processes, accumulation = size // cfg.train_batch_size, cfg.gradient_accumulation_steps
     product = f"batch {cfg.train_batch_size} x processes {processes} x accumulation {accumulation}"
-    steps = (
-        f"steps: {last:,} x {schedule.total_batch} ({product}) = {examples:,} examples = "
-        f"{examples / schedule.epoch_examples:,.1f} epochs of {schedule.epoch_examples}"
-        f"{f', of which {first:,} steps are done' * bool(first)}"
-    )
+    epochs = f"{examples / schedule.epoch_examples:,.1f} epochs of {schedule.epoch_examples}"
+    steps = f"steps: {last:,} x {schedule.total_batch} ({product}) = {examples:,} examples = {epochs}"
+    steps += f", of which {first:,} steps are done" * bool(first)
     return [*lines, *notes, steps, *describe_sampling(samples, cfg, schedule)]
 
 
@@ -1079,11 +1083,9 @@ def describe_sampling(samples: list[Sample], cfg: Config, schedule: Schedule) ->
     area = sum(math.prod(sample.bucket) for sample in samples) / len(samples)
     sampling = images * each * side**2 + gains * area
     training = (end + 1 - first) * total * area * (3 if cfg.recomputed == "all" else 2)  # backward counts as one
-    line = (
-        f"validation: {images} images of {side} x {side}, {cfg.num_inference_steps} steps each"
-        f"{', twice for guidance' * bool(cfg.guidance_scale)} = {images * each:,} forward passes, and {gains:,} for "
-        f"the gain, about {100 * sampling / (sampling + training or 1):.0f}% of the work"
-    )
+    passes = f"{cfg.num_inference_steps} steps each{', twice for guidance' * bool(cfg.guidance_scale)}"
+    line = f"validation: {images} images of {side} x {side}, {passes} = {images * each:,} forward passes, and "
+    line += f"{gains:,} for the gain, about {100 * sampling / (sampling + training or 1):.0f}% of the work"
     generating = f"class images to generate first: {missing}, in {missing * each:,} forward passes"
     return [generating] * bool(missing) + [line] * bool(images + gains)
 
@@ -1185,11 +1187,9 @@ def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
     is_begun = bool(checkpoints) or LORA_FILE in present or (has_steps and cfg.resume_from_checkpoint != "latest")
     is_resumed = checkpoint is not None and checkpoint.folder.resolve().parent == output.resolve()
     is_demo = cfg.demo and settings.get("demo") is True
-    require(
-        is_resumed or is_demo or cfg.overwrite_output_dir or not is_begun,
-        f"--output_dir {output} contains another run; resume it with --resume_from_checkpoint latest, replace it with "
-        "--overwrite_output_dir, or choose another folder",
-    )
+    is_free = is_resumed or is_demo or cfg.overwrite_output_dir or not is_begun
+    remedy = "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another folder"
+    require(is_free, f"--output_dir {output} contains another run; resume it {remedy}")
 
 
 def check_nesting(cfg: Config) -> None:
@@ -1201,6 +1201,9 @@ def check_nesting(cfg: Config) -> None:
         is_source = outer in names[:3] and (above.is_dir() or outer == "class_data_dir")
         remedy = "where every image is trained on; choose a folder outside it"
         require(not (is_source and below.is_relative_to(above)), f"--{inner} is inside --{outer} {above}, {remedy}")
+    for name in ("init_lora", "training_adapter") if cfg.overwrite_output_dir else ():
+        is_own = folders["output_dir"] in Path(getattr(cfg, name) or os.sep).resolve().parents
+        require(not is_own, f"--{name} is in --output_dir, which --overwrite_output_dir clears; copy it elsewhere")
 
 
 def hold_output(output: Path) -> contextlib.AbstractContextManager[Any]:
@@ -1349,11 +1352,9 @@ def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any
         names = sorted({line[65:] for line in set(binding["images"]) ^ set(old["images"])})
         changed["images"] = f"images, captions: {', '.join(names[:10]) or 'other order'}{', ...' * (len(names) > 10)}"
     is_possible = not changed.keys() & {"--rank", "--lora_layers", "--optimizer", "--use_8bit_adam"}
-    require(
-        not changed or (is_possible and cfg.resume_anyway),
-        f"{checkpoint.folder} was saved with different settings or data: {'; '.join(changed.values())}. Restore them"
-        f"{', or add --resume_anyway if the change is intended' * is_possible}",
-    )
+    remedy = "Restore them" + ", or add --resume_anyway if the change is intended" * is_possible
+    problem = f"{checkpoint.folder} was saved with different settings or data: {'; '.join(changed.values())}. {remedy}"
+    require(not changed or (is_possible and cfg.resume_anyway), problem)
     say(*(f"--resume_anyway: {change}" for change in changed.values()))
 
 
@@ -1989,9 +1990,8 @@ def prepare_blocks(transformer: ZImageTransformer2DModel, cfg: Config) -> None:
     elif cfg.recomputed != "none":
         is_all = cfg.recomputed == "all" or int(cfg.recomputed) >= len(transformer.layers)
         chosen = set(blocks if is_all else transformer.layers[: int(cfg.recomputed)])
-        again = functools.partial(checkpoint, use_reentrant=False)
         transformer.enable_gradient_checkpointing(
-            lambda block, *inputs: again(block, *inputs) if block in chosen else block(*inputs)
+            lambda block, *args: checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
         )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     for block in blocks if cfg.compile or backend != "no" else ():  # one graph for all sizes keeps resuming exact
@@ -2086,6 +2086,7 @@ def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dic
     require(not odd and 0 < 2 * len(layers) == len(found), f"--init_lora {problem}")
     rank = max(tensor.shape["lora_B" in name] for name, tensor in found.items())
     lora = {name: tensor * (scale if "lora_B" in name else 1) for name, tensor in found.items()}
+    say(*[f"note: --init_lora has rank {rank}, not --rank {cfg.rank}"] * (cfg.rank not in (rank, Config.rank)))
     return dataclasses.replace(cfg, rank=rank, lora_layers=",".join(layers)), lora
 
 
@@ -2141,10 +2142,8 @@ def load_lora(transformer: nn.Module, state: dict[str, Tensor]) -> None:
 
 def export_lora(state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """Name tensors for diffusers, and fold alpha / rank into lora_B, so that all loaders apply the LoRA equally."""
-    return {
-        f"transformer.{name}": (tensor.float() * (scale if ".lora_B." in name else 1)).to(dtype)
-        for name, tensor in state.items()
-    }
+    folded = {name: tensor.float() * (scale if ".lora_B." in name else 1) for name, tensor in state.items()}
+    return {f"transformer.{name}": tensor.to(dtype) for name, tensor in folded.items()}
 
 
 def lora_metadata(cfg: Config, samples: list[Sample]) -> dict[str, str]:
@@ -2344,10 +2343,8 @@ def train(run: Run, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
 
 def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
     """Make the optimizer for the LoRA's fp32 parameters."""
-    common = {
-        "lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2), "weight_decay": cfg.adam_weight_decay,
-        "eps": cfg.adam_epsilon,
-    }  # fmt: skip
+    common = {"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
+    common["weight_decay"] = cfg.adam_weight_decay
     if cfg.has_8bit_state:
         from bitsandbytes.optim import AdamW8bit
 
@@ -2414,10 +2411,8 @@ def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[Any, ...]], 
         say(f"warning: {problem}{examples}; the step is skipped")
         return False
     option = "ten steps in a row were already skipped" if skipped else "--on_nan skip skips such steps"
-    raise FloatingPointError(
-        f"{problem}{examples}; training stops, the weights are unchanged; {describe_last(run.cfg)}. "
-        f"Try a lower --learning_rate; {option}"
-    )
+    remedy = f"{describe_last(run.cfg)}. Try a lower --learning_rate; {option}"
+    raise FloatingPointError(f"{problem}{examples}; training stops, the weights are unchanged; {remedy}")
 
 
 PRODIGY_COUNTS = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # its estimates, not its settings
@@ -2563,11 +2558,18 @@ def sample_images(
     ).images  # fmt: skip
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+def png_bytes(image: Image.Image, prompt: str = "") -> bytes:
+    """Encode an image as PNG, with its prompt."""
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_itxt("prompt", prompt)
+    image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def prompt_of(file: Path) -> str | None:
+    """Return the prompt of an image that this script has generated; None for anything else."""
+    with contextlib.suppress(OSError), Image.open(file) as image:
+        return image.info.get("prompt")
 
 
 def generate_class_images(samples: list[Sample], encodings: Encodings) -> list[Sample]:
@@ -2580,7 +2582,7 @@ def generate_class_images(samples: list[Sample], encodings: Encodings) -> list[S
         for group in progress_bar(groups, "generating class images"):
             jobs = [(sample.prompt, derive_seed(cfg.seed, "class image", sample.path.name)) for sample in group]
             for sample, image in zip(group, sample_images(pipeline, encodings, jobs, cfg.training_side)):
-                write_file(sample.path, png_bytes(image))
+                write_file(sample.path, png_bytes(image, sample.prompt))
         del pipeline, transformer
         free_memory()
     PartialState().wait_for_everyone()
@@ -2731,7 +2733,8 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in folders)]] * bool(prompts)
     for number, image in itertools.product(range(len(prompts)), range(cfg.num_validation_images)):
         files = [folder / f"{number}-{image}.png" for folder in folders]
-        grid.append([prompts[number], *(file.relative_to(output) if file.exists() else "" for file in files)])
+        shown = [file.relative_to(output) if prompt_of(file) == prompts[number] else "" for file in files]
+        grid.append([prompts[number], *shown])
     files = [(path / f"strength-{factor}.png").relative_to(output) for path in folders[-1:] for factor in STRENGTHS]
     sweep = [["strength", *STRENGTHS], [*prompts[:1], *files]] * any((output / file).exists() for file in files)
     samples = [one for one in (*run.plan.samples, *run.plan.held_out) if not one.is_prior]
@@ -2763,7 +2766,7 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
         job = (prompts[prompt], cfg.seed + image)
         with torch.compiler.set_stance("force_eager"), strengths(live, adapter=0, default=factor):  # compiling is slow
             (sampled,) = sample_images(pipeline, run.encodings, [job], side, on_step_end)
-        write_file(folder / f"{name}.png", png_bytes(sampled))
+        write_file(folder / f"{name}.png", png_bytes(sampled, prompts[prompt]))
     del pipeline
     record_peak(run.peaks, "validation")
     free_memory()
@@ -3135,9 +3138,8 @@ def push(cfg: Config, repository: str) -> None:
     options = " ".join(f"--include='{pattern}'" for pattern in SHARED_FILES)
     problem = f"the LoRA is complete and safe in {cfg.output_dir}, but the upload failed"
     with explained(problem, f"try again with: hf upload {repository} '{cfg.output_dir}' . {options}"):
-        HfApi(token=cfg.hub_token).upload_folder(
-            repo_id=repository, folder_path=cfg.output_dir, allow_patterns=SHARED_FILES, commit_message="Z-Image LoRA"
-        )
+        what = {"repo_id": repository, "folder_path": cfg.output_dir, "allow_patterns": SHARED_FILES}
+        HfApi(token=cfg.hub_token).upload_folder(**what, commit_message="Z-Image LoRA")
     say(f"uploaded to {repository}")
 
 
@@ -3237,9 +3239,7 @@ def make_demo_model(folder: Path) -> None:
         axes_dims=[8, 12, 12], axes_lens=[1024, 128, 128],
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
-    ZImagePipeline(
-        scheduler=scheduler, vae=vae, text_encoder=text_encoder.eval(), tokenizer=tokenizer, transformer=transformer
-    ).save_pretrained(folder)
+    ZImagePipeline(scheduler, vae, text_encoder.eval(), tokenizer, transformer).save_pretrained(folder)
 
 
 def make_demo_images(folder: Path) -> None:
