@@ -728,7 +728,7 @@ def test_bad_config_files(content, words, tmp_path, capsys):
             {"lr_scheduler": "piecewise_constant", "lr_step_rules": "0.1,a:3"},
             "--lr_step_rules must be factor:until_step",
         ),
-        ({"validation_prompt": "text"}, "--validation_prompt does not accept 'text'; it accepts tuple[str, ...]"),
+        ({"validation_prompt": 5}, "--validation_prompt does not accept 5; it accepts tuple[str, ...]"),
         ({"repeats": True}, "--repeats does not accept True"),
         ({"instance_prompt": "\udcff"}, "--instance_prompt does not accept"),
         ({"learning_rate": 10**400}, "--learning_rate does not accept"),
@@ -997,7 +997,7 @@ def test_captions_are_found_by_what_paths_mean(accent, make_config, tmp_path, mo
 
 @pytest.mark.parametrize(("content", "words"), [
     ("file_name,text\n0.png,sks dog, zero\n", "row 1 has more fields than columns; put captions with commas in"),
-    ("name;text\n0.png;x\n", 'row 1 is not a JSON object, or a line of a CSV table, with "file_name"'),
+    ("name;text\n0.png;x\n", 'row 1 is not a JSON object, or a line with commas, that has a "file_name"'),
     ('file_name,text\n0.png,"open\n1.png,b\n', "metadata.csv is not a table: unexpected end of data"),
     ('file_name,text\n0.png,"' + "x" * 200_000 + '"\n', "metadata.csv is not a table: field larger than field limit"),
 ])  # fmt: skip
@@ -1329,7 +1329,9 @@ def test_plan_states_how_often_images_are_seen_and_what_validation_costs(make_co
 
 def test_the_plan_names_the_smallest_of_the_images_to_upscale(make_config):
     samples = [dataclasses.replace(sample(n), size=(31 - n, 31)) for n in range(6)] + [sample(6)]
-    lines = z.describe_plan(samples, make_config(), z.make_schedule(make_config(), samples))
+    samples += [dataclasses.replace(one, is_prior=True) for one in samples]  # as --prior_preservation base has them
+    cfg = make_config(prior_preservation="base", class_prompt="dog")
+    lines = z.describe_plan(samples, cfg, z.make_schedule(cfg, samples))
     assert "upscaled to 32 x 32: 5.png, 4.png, 3.png, 2.png, 1.png, ..." in lines
 
 
@@ -1468,7 +1470,7 @@ MISTAKES = {
     ),
     "metadata is not JSON": (
         lambda w: (w / "dog" / "metadata.jsonl").write_text("file_name: x\n") and [],
-        'metadata.jsonl, row 1 is not a JSON object, or a line of a CSV table, with "file_name": Expecting value',
+        'metadata.jsonl, row 1 is not a JSON object, or a line with commas, that has a "file_name": Expecting value',
     ),
     "bucket": (lambda w: ["--aspect_ratio_buckets=100,64"], "--aspect_ratio_buckets: sides must be multiples of 16"),
     "rank 0": (lambda w: ["--rank=0"], "--rank must be at least 1"),
@@ -2917,8 +2919,20 @@ def test_the_trigger_word_is_in_every_prompt(images, make_config):
     with pytest.raises(UserError, match=r"the prompt of .*0.png contains \[trigger\]; set --trigger_word"):
         z.plan_samples(make_config(instance_prompt="p"))
     for name in ("class_prompt", "final_validation_prompt"):
-        with pytest.raises(UserError, match=rf"--{name}: \[trigger\] is replaced in captions only"):
+        with pytest.raises(UserError, match=rf"--{name}: \[trigger\] is replaced in captions and --instance_prompt"):
             make_config(**{name: "a [trigger]"})
+
+
+def test_a_validation_prompt_without_the_trigger_word_is_pointed_out(make_config):
+    words = "no --validation_prompt contains the --trigger_word sks, which is put into training prompts only"
+    for prompts, is_told in ((("a dog", "a cat"), True), ("a dog", True), (("a dog", "sks"), False), (None, False)):
+        assert (words in z.advice(make_config(trigger_word="sks", validation_prompt=prompts))) == is_told
+    assert not any("trigger" in line for line in z.advice(make_config(validation_prompt=("a dog",))))
+
+
+def test_one_validation_prompt_needs_no_tuple(make_config, tmp_path):
+    """As in a notebook; it is one prompt, not one for each letter."""
+    assert make_config(validation_prompt="a dog").validation_prompt == ("a dog",)
 
 
 def test_shift_is_the_schedulers(model, make_config, tmp_path):
@@ -3049,7 +3063,7 @@ def test_masks_that_do_not_fit_are_refused_and_missing_ones_named(images, make_c
     assert f"note: {images / '4.png'} has no mask" in said and "masklabel" not in said
     assert all(sample.mask is None for sample in z.plan_samples(make_config()))
     Image.new("L", (32, 64)).save(images / "0-masklabel.png")
-    with pytest.raises(UserError, match="--masked_loss: .*0-masklabel.png is not of the size of its image; resize or"):
+    with pytest.raises(UserError, match="--masked_loss: .*0-masklabel.png does not match its upright image in size;"):
         z.plan_samples(cfg)
     (images / "0-masklabel.png").write_text("nonsense")
     with pytest.raises(UserError, match="--masked_loss: .*0-masklabel.png is not an image"):
@@ -3512,7 +3526,7 @@ def test_the_first_lines_name_the_device(make_config, monkeypatch, capsys):
     run(make_config())
     said = capsys.readouterr().out
     assert (
-        "device: cpu, no precision\nwarning: torch sees no GPU; on a CPU, training the full model is far too" in said
+        "device: cpu, fp32 precision\nwarning: torch sees no GPU; on a CPU, training the full model is far too" in said
     )
     assert said.index("device:") < said.index("bucket")
     assert len(list(z.describe_device(make_config(demo=True)))) == 1, "a demo is meant to run anywhere"
@@ -4887,11 +4901,16 @@ def test_the_report_shows_images_under_their_own_prompts(make_config, tmp_path):
     cfg = make_config(max_train_steps=2, validation_steps=1, checkpointing_steps=1, validation_prompt=("a", "一只狗"))
     run(dataclasses.replace(cfg, max_train_steps=1))
     (tmp_path / "out" / "validation" / "step-000000" / "1-0.png").write_bytes(b"mine")
+    Image.new("RGB", (9, 9)).save(tmp_path / "out" / "validation" / "step-000000" / "2-0.png")
     cfg = dataclasses.replace(cfg, validation_prompt=("b", "一只狗"), resume_from_checkpoint="latest")
     run(cfg)
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8").split("The LoRA, weaker and stronger")[0]
-    shown = re.findall(r'src="validation/step-00000(\d)/(\d)-0', text)
-    assert shown == [("2", "0"), ("1", "1"), ("2", "1")]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    rows = [[row[0], *(re.sub(r".*step-00000(\d)/(\d)-0.*", r"\1 \2", cell) for cell in row[1:])] for row in rows]
+    assert rows[1:] == [["a", "0 0", "1 0", ""], ["一只狗", "", "1 1", "2 1"], ["b", "", "", "2 0"]]
+    run(dataclasses.replace(cfg, validation_prompt=None))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "![b](validation/step-000002/0-0.png)" in card and 'pipe("b",' in card, "the images are still there"
 
 
 def test_an_overwritten_run_leaves_no_measurements(make_config, tmp_path):
@@ -5212,10 +5231,8 @@ def some_lora(kind, model, folder):
 @pytest.mark.parametrize("kind", ["ours", "peft", "comfy", "kohya"])
 def test_a_run_starts_from_a_lora(kind, model, make_config, tmp_path, capsys):
     """The new LoRA predicts what diffusers predicts with the file, and the run goes on from there."""
-    file, note = some_lora(kind, model, tmp_path), "note: --init_lora has rank 4, not --rank 8"
+    file, note = some_lora(kind, model, tmp_path), "--init_lora: rank 4 in 3 layers, whatever --rank and --lora_layers"
     cfg, lora = z.read_lora(make_config(init_lora=str(file), lora_alpha=6.0), z.make_empty_transformer(model))
-    assert note not in capsys.readouterr().out
-    z.read_lora(make_config(init_lora=str(file), rank=8), z.make_empty_transformer(model))
     assert note in capsys.readouterr().out
     transformer, _ = with_lora(model, cfg)
     z.start_from(lora, transformer, cfg)
@@ -5304,7 +5321,7 @@ def test_a_distilled_model_is_validated_in_few_steps(model, tmp_path, capsys):
         FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "three" / "scheduler")
         cfg = parse_config([f"--pretrained_model_name_or_path={name}", *common])
         presets[Path(name).name] = (cfg.guidance_scale, cfg.num_inference_steps)
-        assert any("Turbo's distillation suffers" in line for line in z.advice(cfg)) == cfg.is_distilled
+        assert any("undoes Turbo's distillation" in line for line in z.advice(cfg)) == cfg.is_distilled
     assert list(presets.values()) == [(4.0, 28), (0.0, 9), (4.0, 28), (0.0, 9)], presets
     cfg = parse_config(["--pretrained_model_name_or_path=a/b-turbo", "--guidance_scale=2", *common])
     assert (cfg.guidance_scale, cfg.num_inference_steps) == (2.0, 9), "flags take precedence"
@@ -5316,6 +5333,9 @@ def test_a_run_from_a_lora_resumes_exactly(model, make_config, tmp_path):
     cfg = make_config(init_lora=str(some_lora("ours", model, tmp_path)), max_train_steps=2, checkpointing_steps=1)
     run(cfg)
     whole = lora_bytes(cfg)
+    with pytest.raises(UserError, match=r"--init_lora None \(was given\)") as error:
+        run(dataclasses.replace(cfg, init_lora=None, resume_from_checkpoint="checkpoint-1"))
+    assert len(str(error.value)) < 800, "long values are cut off"
     run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
     assert lora_bytes(cfg) == whole
 

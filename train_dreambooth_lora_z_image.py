@@ -371,6 +371,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Expand `~` in paths; reject invalid settings, naming the flags, before anything is loaded."""
+        if isinstance(self.validation_prompt, str):  # in a notebook
+            object.__setattr__(self, "validation_prompt", (self.validation_prompt,))
         for name, value in vars(self).items():
             if isinstance(value, str) and not name.endswith("prompt"):
                 object.__setattr__(self, name, os.path.expanduser(value))
@@ -455,7 +457,7 @@ def misfits(cfg: Config) -> Iterator[str]:
         if value == "" and not field.name.endswith("prompt"):
             yield f"--{field.name} is empty; give it a value or leave it out"
         if "[trigger]" in str(value) and field.name != "instance_prompt":
-            yield f"--{field.name}: [trigger] is replaced in captions only; write the trigger word itself"
+            yield f"--{field.name}: [trigger] is replaced in captions and --instance_prompt; write the word itself"
         for name, bound in field.metadata["bounds"].items():
             holds, words = BOUNDS[name]
             if value is not None and not holds(value, bound):
@@ -607,12 +609,13 @@ def demo_settings(output_dir: str) -> dict[str, Any]:
 
 def advice(cfg: Config) -> Iterator[str]:
     """Yield a line for every setting that has no effect or an unexpected one."""
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launcher, word = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), cfg.trigger_word or ""
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "fsdp_text_encoder"):
         if getattr(cfg, name) != getattr(Config, name):
             yield f"--{name} is accepted for compatibility and has no effect"
     if cfg.is_distilled and cfg.training_adapter is None:
-        yield "Turbo's distillation suffers from training; prefer the base model, or add a --training_adapter"
+        yield "this is Turbo, by its name or a scheduler shift of 3; by default, validation takes 9 steps, no guidance"
+        yield "training undoes Turbo's distillation; prefer the base model, or add a --training_adapter"
     if cfg.caption_column is not None and cfg.dataset_name is None:
         yield "--caption_column has no effect without --dataset_name; in a folder, use NAME.txt files"
     if cfg.num_train_epochs is not None and cfg.max_train_steps is not None:
@@ -633,6 +636,8 @@ def advice(cfg: Config) -> Iterator[str]:
         yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which multiplies it by its estimate; use 1.0"
     if cfg.prior_kind is None and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
         yield "--class_data_dir and --class_prompt have no effect without --prior_preservation"
+    if word not in " ".join(cfg.validation_prompt or [word]):
+        yield f"no --validation_prompt contains the --trigger_word {word}, which is put into training prompts only"
     if cfg.validation_prompt is not None and cfg.final_validation_prompt is not None:
         yield "--final_validation_prompt has no effect with --validation_prompt"
     if cfg.cache_latents:
@@ -739,7 +744,7 @@ def find_mask(path: Path, size: tuple[int, int]) -> Path | None:
         if mask.is_file():
             with explained(f"--masked_loss: {mask} is not an image"):
                 is_equal = load_image(mask).size == size[::-1]
-            require(is_equal, f"--masked_loss: {mask} is not of the size of its image; resize or remove it")
+            require(is_equal, f"--masked_loss: {mask} does not match its upright image in size; resize or rotate it")
             return mask
     return path if Image.open(path).has_transparency_data else None
 
@@ -770,7 +775,7 @@ def read_metadata(file: Path, images: list[Path]) -> dict[Path, str]:
         place = f"{file}, row {number}"
         if isinstance(row, str) and not row.strip():
             continue
-        with explained(f'{place} is not a JSON object, or a line of a CSV table, with "file_name"', "fix it"):
+        with explained(f'{place} is not a JSON object, or a line with commas, that has a "file_name"', "fix it"):
             row = json.loads(row) if isinstance(row, str) else row
             image = known.get(identity(file.parent / row["file_name"]))
         require(None not in row, f"{place} has more fields than columns; put captions with commas in quotes")
@@ -1054,8 +1059,8 @@ def describe_plan(samples: list[Sample], cfg: Config, schedule: Schedule) -> lis
         if len(members) < size:
             remedy = "a smaller --train_batch_size with more --gradient_accumulation_steps mixes better"
             notes.append(f"bucket {name} waits for later epochs to fill a batch of {size}; {remedy}")
-        small = [sample for sample in members if sample.size[0] < bucket[0] or sample.size[1] < bucket[1]]
-        files = [str(sample.path) for sample in sorted(small, key=lambda sample: math.prod(sample.size))]
+        small = [one for one in members if one.size[0] < bucket[0] or one.size[1] < bucket[1]]
+        files = [str(path) for _, path in sorted({(math.prod(one.size), one.path) for one in small})]
         notes += [f"upscaled to {name}: {', '.join(files[:5])}{', ...' * (len(files) > 5)}"] * bool(files)
     notes += ["the run is shorter than one epoch: not every image will be seen"] * is_short[False]
     is_unused = cfg.instance_prompt is not None and all(one.has_caption or one.is_prior for one in samples)
@@ -1337,7 +1342,7 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
     model, adapter = sha256(json.dumps(contents).encode())[:12], cfg.training_adapter
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
-        "--prior_preservation": cfg.prior_kind,
+        "--prior_preservation": cfg.prior_kind, "--init_lora": "given" if cfg.init_lora else None,
         "--training_adapter": sha256(Path(adapter).read_bytes())[:12] if os.path.isfile(adapter or "") else adapter,
         "--bnb_quantization_config_path": read_bnb_settings(cfg),
         "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
@@ -1347,7 +1352,8 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
 def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any]) -> None:
     """Reject data or settings that differ from the checkpoint's, unless `--resume_anyway` allows it."""
     old = checkpoint.state["binding"]
-    changed = {name: f"{name} {now} (was {old.get(name)})" for name, now in binding.items() if now != old.get(name)}
+    pairs = {name: (now, old.get(name)) for name, now in binding.items() if now != old.get(name)}
+    changed = {name: f"{name} {now!s:.80} (was {before!s:.80})" for name, (now, before) in pairs.items()}
     if "images" in changed:
         names = sorted({line[65:] for line in set(binding["images"]) ^ set(old["images"])})
         changed["images"] = f"images, captions: {', '.join(names[:10]) or 'other order'}{', ...' * (len(names) > 10)}"
@@ -1580,10 +1586,9 @@ def tokenize(prompts: list[str], model: Path, max_sequence_length: int) -> dict[
     """Map every prompt to its tokens, as `ZImagePipeline` does; warn about truncation."""
     with explained(f"{model}/tokenizer cannot be loaded"):
         tokenizer, tokens = AutoTokenizer.from_pretrained(model / "tokenizer"), {}
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
     for prompt in dict.fromkeys(prompts):
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
         whole = tokenizer(chat).input_ids
         tokens[prompt] = whole[:max_sequence_length]
         if len(whole) > max_sequence_length:
@@ -1775,9 +1780,8 @@ def load_batch(examples: list[Example], samples: list[Sample], encodings: Encodi
     return Batch(
         seeds=[derive_seed(cfg.seed, "noise", number) for number, _ in examples],
         sigmas=noise_levels([sample_quantile(cfg, number) for number, _ in examples], cfg),
-        latents=torch.stack(images), prompt_embeds=prompt_embeds,
-        is_prior=[sample.is_prior for sample in chosen], masks=torch.stack(masks) if masks else None,
-        names=[str(sample.path) for sample in chosen],
+        latents=torch.stack(images), prompt_embeds=prompt_embeds, is_prior=[sample.is_prior for sample in chosen],
+        masks=torch.stack(masks) if masks else None, names=[str(sample.path) for sample in chosen],
     )  # fmt: skip
 
 
@@ -2038,11 +2042,8 @@ def check_positions(cfg: Config, samples: list[Sample], tokens: dict[str, list[i
 def add_lora(transformer: ZImageTransformer2DModel, layers: list[str], cfg: Config) -> list[nn.Parameter]:
     """Add a LoRA in fp32 to the named layers, the same on every process; return its parameters."""
     torch.manual_seed(cfg.seed)
-    settings = LoraConfig(
-        r=cfg.rank, lora_alpha=cfg.lora_alpha or cfg.rank, lora_dropout=cfg.lora_dropout, target_modules=layers,
-        init_lora_weights="gaussian",
-    )  # fmt: skip
-    transformer.add_adapter(settings)
+    size = {"r": cfg.rank, "lora_alpha": cfg.lora_alpha or cfg.rank, "lora_dropout": cfg.lora_dropout}
+    transformer.add_adapter(LoraConfig(**size, target_modules=layers, init_lora_weights="gaussian"))
     if "adapter" in transformer.peft_config:
         transformer.set_adapters(["default", "adapter"])
         for name, parameter in transformer.named_parameters():
@@ -2086,7 +2087,7 @@ def read_lora(cfg: Config, empty: ZImageTransformer2DModel) -> tuple[Config, dic
     require(not odd and 0 < 2 * len(layers) == len(found), f"--init_lora {problem}")
     rank = max(tensor.shape["lora_B" in name] for name, tensor in found.items())
     lora = {name: tensor * (scale if "lora_B" in name else 1) for name, tensor in found.items()}
-    say(*[f"note: --init_lora has rank {rank}, not --rank {cfg.rank}"] * (cfg.rank not in (rank, Config.rank)))
+    say(f"--init_lora: rank {rank} in {len(layers)} layers, whatever --rank and --lora_layers say")
     return dataclasses.replace(cfg, rank=rank, lora_layers=",".join(layers)), lora
 
 
@@ -2566,10 +2567,13 @@ def png_bytes(image: Image.Image, prompt: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def prompt_of(file: Path) -> str | None:
-    """Return the prompt of an image that this script has generated; None for anything else."""
-    with contextlib.suppress(OSError), Image.open(file) as image:
-        return image.info.get("prompt")
+def generated_images(folder: Path) -> list[tuple[str, Path]]:
+    """List the images of a validation, each with the prompt that it carries."""
+    images = []
+    for file in sorted(folder.glob("[0-9]*-[0-9]*.png")):
+        with contextlib.suppress(OSError, KeyError), Image.open(file) as image:  # of other programs
+            images.append((str(image.info["prompt"]), file))
+    return images
 
 
 def generate_class_images(samples: list[Sample], encodings: Encodings) -> list[Sample]:
@@ -2717,7 +2721,7 @@ def html_table(title: str, rows: list[list[Any]]) -> str:
 def write_report(run: Run, record: dict[str, Any]) -> None:
     """Write report.html, which shows the run in any browser, without JavaScript and without a network."""
     cfg, output = run.cfg, Path(run.cfg.output_dir)
-    file, prompts = output / "metrics.jsonl", cfg.validation_prompt or validation_prompts(cfg, is_final=True)
+    file, found = output / "metrics.jsonl", collections.defaultdict(dict)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []  # none before step 1
     steps = range(rows[-1]["step"] + 1 if rows else 1)  # a run that was left may have gone further
     folders = [path for path in sorted(output.glob(STEPS)) if int(path.name[5:]) in steps]
@@ -2730,16 +2734,15 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     curves += draw_curves("Gain over the base model, in percent", gains)
     curves += draw_curves("Learning rate", {"": smooth(rows, "lr", 1)})
     curves += draw_curves("Gradient norm", {"": smooth(rows, "grad_norm", 1)})
-    grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in folders)]] * bool(prompts)
-    for number, image in itertools.product(range(len(prompts)), range(cfg.num_validation_images)):
-        files = [folder / f"{number}-{image}.png" for folder in folders]
-        shown = [file.relative_to(output) if prompt_of(file) == prompts[number] else "" for file in files]
-        grid.append([prompts[number], *shown])
+    for prompt, image in itertools.chain.from_iterable(map(generated_images, folders)):
+        found[prompt, image.stem.split("-")[1]][image.parent] = image.relative_to(output)
+    grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in folders)]] * bool(found)
+    grid += [[prompt, *(images.get(folder, "") for folder in folders)] for (prompt, _), images in found.items()]
     files = [(path / f"strength-{factor}.png").relative_to(output) for path in folders[-1:] for factor in STRENGTHS]
-    sweep = [["strength", *STRENGTHS], [*prompts[:1], *files]] * any((output / file).exists() for file in files)
+    sweep = [["strength", *STRENGTHS], ["", *files]] * any((output / file).exists() for file in files)
     samples = [one for one in (*run.plan.samples, *run.plan.held_out) if not one.is_prior]
-    images = [[one.path.name, "{} x {}".format(*one.size), one.prompt] for one in samples]
-    tables = {"Images by step": grid, "The LoRA, weaker and stronger": sweep, "Data": images}
+    data = [[one.path.name, "{} x {}".format(*one.size), one.prompt] for one in samples]
+    tables = {"Images by step": grid, "The LoRA, weaker and stronger": sweep, "Data (height x width)": data}
     tables |= {"Memory and speed": record.items(), "Settings": shareable_settings(cfg).items()}
     tables = "".join(html_table(*table) for table in tables.items())
     title = f"Z-Image LoRA: {html.escape(output.resolve().name)}"
@@ -2762,10 +2765,9 @@ def validate(run: Run, step: int, is_final: bool = False) -> None:
     live = run.accelerator.unwrap_model(run.transformer).eval()
     on_step_end = None if is_final else run.stop.on_step_end  # finally, the LoRA is complete
     pipeline, side = make_pipeline(live, run.encodings), cfg.validation_resolution or cfg.training_side
-    for name, prompt, image, factor in share_of(jobs, is_even=True):
-        job = (prompts[prompt], cfg.seed + image)
+    for name, prompt, nth, factor in share_of(jobs, is_even=True):
         with torch.compiler.set_stance("force_eager"), strengths(live, adapter=0, default=factor):  # compiling is slow
-            (sampled,) = sample_images(pipeline, run.encodings, [job], side, on_step_end)
+            (sampled,) = sample_images(pipeline, run.encodings, [(prompts[prompt], cfg.seed + nth)], side, on_step_end)
         write_file(folder / f"{name}.png", png_bytes(sampled, prompts[prompt]))
     del pipeline
     record_peak(run.peaks, "validation")
@@ -3094,13 +3096,11 @@ def save_config(cfg: Config, record: dict[str, Any]) -> None:
 def save_model_card(cfg: Config, plan: Plan, record: dict[str, Any]) -> None:
     """Write README.md: images, trigger prompt, how to use the LoRA, how it was trained; without local paths."""
     step, trigger = plan.schedule.max_train_steps, trained_prompt(cfg, plan.samples)
-    settings = {name: value for name, value in shareable_settings(cfg).items() if value != getattr(Config, name)}
     is_local = re.compile(r".*_(dir|path|checkpoint|name|adapter|lora)").fullmatch
-    public = {name: value for name, value in settings.items() if not is_local(name)}
+    public = {n: v for n, v in shareable_settings(cfg).items() if v != getattr(Config, n) and not is_local(n)}
     base = None if Path(cfg.pretrained_model_name_or_path).exists() else cfg.pretrained_model_name_or_path
-    folder, prompts = validation_folder(cfg, step).relative_to(cfg.output_dir), validation_prompts(cfg, is_final=True)
-    jobs = itertools.product(range(len(prompts)), range(cfg.num_validation_images))
-    images = [(prompts[prompt], f"{folder.as_posix()}/{prompt}-{image}.png") for prompt, image in jobs]
+    images = generated_images(validation_folder(cfg, step))
+    images = [(prompt, file.relative_to(cfg.output_dir).as_posix()) for prompt, file in images]
     data = ModelCardData(
         license="apache-2.0", base_model=base, library_name="diffusers", instance_prompt=trigger,
         pipeline_tag="text-to-image", tags=["text-to-image", "diffusers", "lora", "z-image", "template:sd-lora"],
@@ -3113,7 +3113,7 @@ def save_model_card(cfg: Config, plan: Plan, record: dict[str, Any]) -> None:
         checkpoints=", ".join(path.name for path in list_checkpoints(Path(cfg.output_dir))[:-1]) or "none",
         settings=json.dumps(public, ensure_ascii=False), record=json.dumps(record),
         side=cfg.validation_resolution or cfg.training_side,
-        prompt=json.dumps((prompts or [trigger or plan.samples[0].prompt])[0], ensure_ascii=False),
+        prompt=json.dumps(images[0][0] if images else trigger or plan.samples[0].prompt, ensure_ascii=False),
     )  # fmt: skip
     write_file(Path(cfg.output_dir) / "README.md", f"---\n{data.to_yaml()}\n---\n{card}".encode())
 
@@ -3149,9 +3149,8 @@ def compare_peaks(run: Run, phases: list[Phase]) -> dict[str, Any]:
     seconds = [row["seconds"] for row in metrics]
     record = {"seconds_per_step": round(statistics.median(seconds), 4)} if seconds else {}
     for phase in phases:
-        measured = max(gather_object([run.peaks.get(phase.name, 0)]))
-        record[phase.name] = {"simulated": round(phase.peak / GIB, 2)}
-        record[phase.name] |= {"measured": round(measured / GIB, 2)} if measured else {}
+        sizes = {"simulated": phase.peak, "measured": max(gather_object([run.peaks.get(phase.name, 0)]))}
+        record[phase.name] = {kind: round(size / GIB, 2) for kind, size in sizes.items() if size}
     return record
 
 
@@ -3279,9 +3278,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
     with explained("accelerate cannot start"):
         accelerator = Accelerator(
             mixed_precision="no", dynamo_backend="no", gradient_accumulation_plugin=accumulation,
-            log_with=names or None,
+            log_with=names or None, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
             project_config=ProjectConfiguration(cfg.output_dir, str(Path(cfg.output_dir, cfg.logging_dir))),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )  # fmt: skip
     is_there = "all" in names or len(accelerator.log_with) == len(names)
     require(is_there, f"--report_to: the package of a tracker is not installed; pip install {' '.join(names)}")
@@ -3297,7 +3295,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
 def describe_device(cfg: Config) -> Iterator[str]:
     """Yield the device that the run uses, and a warning if it is not suitable."""
     device, is_gpu = PartialState().device, PartialState().device.type == "cuda"
-    yield f"device: {torch.cuda.get_device_name(device) if is_gpu else device.type}, {cfg.mixed_precision} precision"
+    precision = "fp32" if cfg.mixed_precision == "no" else cfg.mixed_precision
+    yield f"device: {torch.cuda.get_device_name(device) if is_gpu else device.type}, {precision} precision"
     if device.type == "cpu" and not cfg.demo:
         yield "warning: torch sees no GPU; on a CPU, training the full model is far too slow"
     if is_gpu and cfg.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
