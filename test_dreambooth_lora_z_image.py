@@ -1573,8 +1573,16 @@ MISTAKES = {
         "--class_data_dir is inside --instance_data_dir",
     ),
     "overwriting what is started from": (
-        lambda w: ["--overwrite_output_dir", "--init_lora=out/a.safetensors", "--output_dir=out"],
-        "--init_lora is in --output_dir, which --overwrite_output_dir clears; copy it elsewhere",
+        lambda w: (w / "out" / "validation").mkdir(parents=True)
+        or (w / "link").symlink_to("out")
+        or (w / "out" / "validation" / "a.safetensors").write_text("")
+        or ["--overwrite_output_dir", "--init_lora=link/validation/a.safetensors", "--output_dir=out"],
+        "validation/a.safetensors is part of the earlier run, which would be deleted; copy it elsewhere",
+    ),
+    "overwriting what is trained on": (
+        lambda w: shutil.copytree(w / "dog", w / "out" / "validation" / "step-000002")
+        and ["--overwrite_output_dir", "--instance_data_dir=out/validation/step-000002", "--output_dir=out"],
+        "step-000002 is part of the earlier run, which would be deleted; copy it elsewhere",
     ),
     "overwriting what is continued": (
         lambda w: ["--overwrite_output_dir", "--resume_from_checkpoint=latest"],
@@ -2916,6 +2924,11 @@ def test_the_trigger_word_is_in_every_prompt(images, make_config):
     assert z.trained_prompt(make_config(trigger_word="sks", instance_prompt="a photo"), samples) == "sks a photo"
     samples = z.plan_samples(make_config(trigger_word="<s+>", instance_prompt="a [trigger]"))
     assert [samples[0].prompt, samples[4].prompt] == ["a <s+> in a box, <s+>", "a <s+>"]
+    cases = {
+        "[trigger]s playing": "skss playing", "тsks": "sks тsks", "sksé": "sks sksé", "sks'猫": "sks'猫",
+        "รูปsksแมว": "รูปsksแมว", "猫sksの写真": "猫sksの写真", "_sks": "sks _sks", "sks-dog": "sks-dog",
+    }  # fmt: skip
+    assert {text: z.with_trigger(text, "sks") for text in cases} == cases
     with pytest.raises(UserError, match=r"the prompt of .*0.png contains \[trigger\]; set --trigger_word"):
         z.plan_samples(make_config(instance_prompt="p"))
     for name in ("class_prompt", "final_validation_prompt"):
@@ -4797,7 +4810,9 @@ def test_the_gain_is_measured_on_held_out_and_on_training_images(cache_latents, 
     best = max((row["held-out"]["gain"], -step) for step, row in gains.items())
     file = tmp_path / "out" / z.BEST_FILE
     assert file.exists() == (best[0] > 0)
-    assert best[1] != -8 or file.read_bytes() == lora_bytes(cfg)
+    if best[1] == -8:
+        saved, final = load_file(file), load_file(tmp_path / "out" / z.LORA_FILE)
+        assert saved.keys() == final.keys() and all(torch.equal(saved[name], final[name]) for name in final)
 
 
 def test_the_measured_gain_is_that_of_the_losses(model, images, make_config, tmp_path):
@@ -4894,6 +4909,9 @@ def test_the_report_of_a_run_that_went_back_ends_there(make_config, tmp_path):
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"<td>after step (\d)</td>", text) == ["0", "2", "3"] and "step 6<" not in text
     assert (tmp_path / "out" / "validation" / "step-000006" / "0-0.png").exists()
+    run(dataclasses.replace(cfg, max_train_steps=7, validation_steps=5, resume_from_checkpoint="checkpoint-2"))
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<td>after step (\d)</td>", text) == ["0", "2", "5", "7"]
 
 
 def test_the_report_shows_images_under_their_own_prompts(make_config, tmp_path):
@@ -4902,6 +4920,11 @@ def test_the_report_shows_images_under_their_own_prompts(make_config, tmp_path):
     run(dataclasses.replace(cfg, max_train_steps=1))
     (tmp_path / "out" / "validation" / "step-000000" / "1-0.png").write_bytes(b"mine")
     Image.new("RGB", (9, 9)).save(tmp_path / "out" / "validation" / "step-000000" / "2-0.png")
+    huge = bytearray((tmp_path / "out" / "validation" / "step-000000" / "2-0.png").read_bytes())
+    huge[16:24] = 2 * (40_000).to_bytes(4, "big")
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    (tmp_path / "out" / "validation" / "step-000000" / "3-0.png").write_bytes(huge)
+    os.mkfifo(tmp_path / "out" / "validation" / "step-000000" / "4-0.png")
     cfg = dataclasses.replace(cfg, validation_prompt=("b", "一只狗"), resume_from_checkpoint="latest")
     run(cfg)
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8").split("The LoRA, weaker and stronger")[0]
@@ -4970,14 +4993,33 @@ def test_the_best_lora_of_an_abandoned_course_is_removed(make_config, tmp_path):
     run(cfg)
     best = tmp_path / "out" / z.BEST_FILE
     for top, is_kept in ((2, True), (6, False)):
-        best.write_bytes(b"best")
-        for step in (2, 4, 6):
-            z.write_file(z.validation_folder(cfg, step) / "gain.json", json.dumps(
-                {"step": step, "held-out": {"gain": 9 if step == top else 1}, "training": {"gain": 0}}
-            ).encode())  # fmt: skip
+        z.write_tensors(best, {}, {"step": f"{top}", "gain": "9"})
+        content = best.read_bytes()
         run(dataclasses.replace(cfg, max_train_steps=3, resume_from_checkpoint="checkpoint-2"))
         assert sorted(gains_of(cfg)) == [0, 2, 3]
-        assert (best.exists() and best.read_bytes() == b"best") == is_kept
+        assert (best.exists() and best.read_bytes() == content) == is_kept
+
+
+def test_another_course_finds_its_own_best_lora(make_config, tmp_path):
+    """The gain of a LoRA that has been removed with its course is no bar for those to come."""
+    cfg = make_config(max_train_steps=6, validation_steps=2, checkpointing_steps=2, holdout=1, learning_rate=0.01)
+    run(cfg)
+    best, gains = tmp_path / "out" / z.BEST_FILE, gains_of(cfg)
+    at = max(gains, key=lambda step: gains[step]["held-out"]["gain"])
+    assert z.read_sealed(best)["step"] == f"{at}" and float(z.read_sealed(best)["gain"]) > 0 < at
+    z.write_tensors(best, {}, {"step": "6", "gain": "9"})
+    run(dataclasses.replace(cfg, max_train_steps=7, validation_steps=5, resume_from_checkpoint="checkpoint-2"))
+    gains = gains_of(cfg)
+    at = max((5, 7), key=lambda step: gains[step]["held-out"]["gain"])
+    assert sorted(gains) == [0, 2, 5, 7] and z.read_sealed(best)["step"] == f"{at}"
+
+
+def test_the_number_of_held_out_images_is_bound(make_config):
+    """Else images that have been trained would count as held out."""
+    cfg = make_config(max_train_steps=2, checkpointing_steps=1)
+    run(cfg)
+    with pytest.raises(UserError, match=r"different settings or data: --holdout 2 \(was None\)"):
+        run(dataclasses.replace(cfg, holdout=2, resume_from_checkpoint="latest"))
 
 
 def test_an_image_of_two_samples_is_encoded_once(make_config, tmp_path, capsys):
@@ -5310,8 +5352,12 @@ def test_a_training_adapter_that_cannot_be_loaded_is_named(model, make_config, t
     (tmp_path / "a.safetensors").write_text("nonsense")
     with pytest.raises(UserError, match="--training_adapter .*b.safetensors is not a file"):
         z.make_plan(make_config(training_adapter=str(tmp_path / "b.safetensors")))
+    cfg = make_config()
+    whole = run(cfg).read_bytes()
+    cfg = dataclasses.replace(cfg, overwrite_output_dir=True, training_adapter=str(tmp_path / "a.safetensors"))
     with pytest.raises(UserError, match="--training_adapter .*a.safetensors cannot be loaded"):
-        run(make_config(training_adapter=str(tmp_path / "a.safetensors")))
+        run(cfg)
+    assert lora_bytes(cfg) == whole, "the earlier run is deleted only when the new one can start"
 
 
 def test_a_distilled_model_is_validated_in_few_steps(model, tmp_path, capsys):

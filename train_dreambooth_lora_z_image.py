@@ -456,7 +456,7 @@ def misfits(cfg: Config) -> Iterator[str]:
             yield f"--{field.name} does not accept {shown}; it accepts {kind}"
         if value == "" and not field.name.endswith("prompt"):
             yield f"--{field.name} is empty; give it a value or leave it out"
-        if "[trigger]" in str(value) and field.name != "instance_prompt":
+        if "[trigger]" in str(value) and field.name.endswith("prompt") and field.name != "instance_prompt":
             yield f"--{field.name}: [trigger] is replaced in captions and --instance_prompt; write the word itself"
         for name, bound in field.metadata["bounds"].items():
             holds, words = BOUNDS[name]
@@ -474,14 +474,12 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield '--prior_preservation images requires --class_data_dir and --class_prompt ("a photo of a dog")'
     if cfg.prior_kind == "base" and cfg.class_prompt is None:
         yield '--prior_preservation base requires --class_prompt ("a photo of a dog")'
-    for name in ("mixed_precision", "prior_generation_precision"):
-        if getattr(cfg, name) == "fp16":
-            yield NO_FP16.format(f"--{name}")
+    names = ("mixed_precision", "prior_generation_precision")
+    yield from (NO_FP16.format(f"--{name}") for name in names if getattr(cfg, name) == "fp16")
     for side in itertools.chain.from_iterable(parse_buckets(cfg.aspect_ratio_buckets)):
         if side < 16 or side % 16:
             yield f"--aspect_ratio_buckets: sides must be multiples of 16, got {side}"
-    shift = re.fullmatch(r"\d+\.?\d*|\.\d+", cfg.timestep_shift)
-    if cfg.timestep_shift != "scheduler" and (shift is None or float(shift[0]) == 0):
+    if not re.fullmatch(r"(?=.*[1-9])(\d+\.?\d*|\.\d+)|scheduler", cfg.timestep_shift):
         yield f"--timestep_shift accepts a number above 0 or 'scheduler', got {cfg.timestep_shift!r}"
     if (cfg.lr_scheduler == "piecewise_constant") != (cfg.lr_step_rules is not None):
         yield "--lr_scheduler piecewise_constant and --lr_step_rules must be used together"
@@ -614,8 +612,7 @@ def advice(cfg: Config) -> Iterator[str]:
         if getattr(cfg, name) != getattr(Config, name):
             yield f"--{name} is accepted for compatibility and has no effect"
     if cfg.is_distilled and cfg.training_adapter is None:
-        yield "this is Turbo, by its name or a scheduler shift of 3; by default, validation takes 9 steps, no guidance"
-        yield "training undoes Turbo's distillation; prefer the base model, or add a --training_adapter"
+        yield "this is Turbo, by its name or shift 3; training undoes Turbo's distillation: add a --training_adapter"
     if cfg.caption_column is not None and cfg.dataset_name is None:
         yield "--caption_column has no effect without --dataset_name; in a folder, use NAME.txt files"
     if cfg.num_train_epochs is not None and cfg.max_train_steps is not None:
@@ -658,8 +655,7 @@ def uses_fsdp_checkpointing() -> bool:
 
 def shareable_settings(cfg: Config) -> dict[str, Any]:
     """List the settings without secrets, for files, trackers, and cards."""
-    shareable = [field.name for field in dataclasses.fields(cfg) if not field.metadata["is_secret"]]
-    return {name: getattr(cfg, name) for name in shareable}
+    return {one.name: getattr(cfg, one.name) for one in dataclasses.fields(cfg) if not one.metadata["is_secret"]}
 
 
 def redact(text: str, cfg: Config) -> str:
@@ -684,7 +680,7 @@ FOREIGN_ENDING = re.compile(r"[-_. ]+(mask(label)?|matte|alpha|depth|seg|thumb(n
 MASK_ENDINGS = ("-masklabel.png", ".mask.png")  # OneTrainer's, and ours
 STRENGTHS, MEASURED = (0, 0.5, 0.75, 1, 1.25), 8  # of the final LoRA, in images; training images, for the gain
 Example = tuple[int, int]  # an element of the endless stream: its position, and the index of its sample
-warnings.filterwarnings("ignore", module="PIL")  # about images that it reads anyway
+warnings.filterwarnings("ignore", module="PIL|peft")  # about images that are read anyway, and a second adapter
 Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow rejects images of more than twice as many
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # also limits color profiles
 
@@ -868,14 +864,16 @@ def describe_ignored(files: list[Path]) -> list[str]:
 
 
 def whole(word: str) -> re.Pattern[str]:
-    """Match a word, but not in a longer Latin one; Chinese is written without spaces."""
-    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.ASCII)
+    """Match a word, but not in a longer one; Chinese, Japanese, and Thai are written without spaces."""
+    letter = r"[^\W\u0e00-\u0eff\u2e80-\ufaff]"
+    return re.compile(f"(?<!{letter}){re.escape(word)}(?!{letter})")
 
 
 def with_trigger(text: str, word: str | None) -> str:
     """Put the trigger word in place of [trigger], or before a text that lacks it."""
-    text = text if word is None else text.replace("[trigger]", word)
-    return text if word is None or whole(word).search(text) else f"{word} {text}".strip()
+    if word is None or "[trigger]" in text:
+        return text.replace("[trigger]", word or "[trigger]")
+    return text if whole(word).search(text) else f"{word} {text}".strip()
 
 
 def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -> list[Sample]:
@@ -905,7 +903,7 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
         text = text if is_prior else with_trigger(text, cfg.trigger_word)
-        require("[trigger]" not in text, f"the prompt of {path} contains [trigger]; set --trigger_word")
+        require("[trigger]" not in text, f"the prompt of {path} contains [trigger]; set --trigger_word, or remove it")
         mask = find_mask(path, size) if cfg.masked_loss and not is_prior else None
         skipped += [f"note: {path} has no mask"] * (cfg.masked_loss and not is_prior and mask is None)
         samples.append(Sample(path, size, bucket, text, caption is not None, is_prior, digest, mask))
@@ -1168,6 +1166,12 @@ def find_checkpoint(cfg: Config) -> Checkpoint | None:
     return intact
 
 
+def is_own(path: str) -> bool:
+    """Tell whether a path relative to the output folder is at a place that the run itself uses."""
+    name = path.split(os.sep)[0]
+    return name in (*RUN_FILES, "validation", ".lock") or re.match(r"(superseded-)?checkpoint-\d", name) is not None
+
+
 def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
     """Reject an output folder that is a file, holds another run, or holds other programs' files under our names."""
     output = Path(cfg.output_dir)
@@ -1184,9 +1188,8 @@ def check_output(cfg: Config, checkpoint: Checkpoint | None) -> None:
     foreign += [] if "environment" in settings else present
     names = ", ".join(foreign)
     require(not foreign, f"--output_dir {output} contains {names}, not written by this script; choose another")
-    logs = os.path.normpath(cfg.logging_dir).split(os.sep)[0]
-    is_own = logs in (*RUN_FILES, "validation", ".lock") or re.match(r"(superseded-)?checkpoint-\d", logs)
-    require(not is_own, f"--logging_dir {cfg.logging_dir} is a name that the run itself uses; choose another")
+    is_free = not is_own(os.path.normpath(cfg.logging_dir))
+    require(is_free, f"--logging_dir {cfg.logging_dir} is a name that the run itself uses; choose another")
     has_steps = "metrics.jsonl" in present and (output / "metrics.jsonl").stat().st_size > 0
     has_steps |= any((path / LORA_FILE).exists() for path in rest)
     is_begun = bool(checkpoints) or LORA_FILE in present or (has_steps and cfg.resume_from_checkpoint != "latest")
@@ -1206,9 +1209,10 @@ def check_nesting(cfg: Config) -> None:
         is_source = outer in names[:3] and (above.is_dir() or outer == "class_data_dir")
         remedy = "where every image is trained on; choose a folder outside it"
         require(not (is_source and below.is_relative_to(above)), f"--{inner} is inside --{outer} {above}, {remedy}")
-    for name in ("init_lora", "training_adapter") if cfg.overwrite_output_dir else ():
-        is_own = folders["output_dir"] in Path(getattr(cfg, name) or os.sep).resolve().parents
-        require(not is_own, f"--{name} is in --output_dir, which --overwrite_output_dir clears; copy it elsewhere")
+    for name in (*names[:3], "init_lora", "training_adapter") if cfg.overwrite_output_dir or cfg.demo else ():
+        path, home = Path(getattr(cfg, name) or os.sep).resolve(), folders["output_dir"]
+        is_lost = path.exists() and path.is_relative_to(home) and is_own(f"{path.relative_to(home)}")
+        require(not is_lost, f"--{name} {path} is part of the earlier run, which would be deleted; copy it elsewhere")
 
 
 def hold_output(output: Path) -> contextlib.AbstractContextManager[Any]:
@@ -1342,9 +1346,9 @@ def make_binding(cfg: Config, contents: dict[str, str], plan: Plan) -> dict[str,
     model, adapter = sha256(json.dumps(contents).encode())[:12], cfg.training_adapter
     return {f"--{name}": getattr(cfg, name) for name in bound} | {
         "--lora_alpha": cfg.lora_alpha or cfg.rank, "--use_8bit_adam": cfg.has_8bit_state,
-        "--prior_preservation": cfg.prior_kind, "--init_lora": "given" if cfg.init_lora else None,
+        "--prior_preservation": cfg.prior_kind, "--holdout": cfg.holdout or None,
         "--training_adapter": sha256(Path(adapter).read_bytes())[:12] if os.path.isfile(adapter or "") else adapter,
-        "--bnb_quantization_config_path": read_bnb_settings(cfg),
+        "--bnb_quantization_config_path": read_bnb_settings(cfg), "--init_lora": "given" if cfg.init_lora else None,
         "images": images, "--train_batch_size x processes": plan.schedule.micro_batch,
     } | ({"--pretrained_model_name_or_path (a hash of its files)": model} if contents else {})  # fmt: skip
 
@@ -2062,7 +2066,8 @@ def load_training_adapter(transformer: ZImageTransformer2DModel, cfg: Config) ->
     place, name = (str(file.parent), file.name) if file.is_file() else (cfg.training_adapter, None)
     with explained(f"--training_adapter {cfg.training_adapter} cannot be loaded"):
         state, settings = ZImagePipeline.lora_state_dict(place, weight_name=name, return_lora_metadata=True)
-        transformer.load_lora_adapter(state, metadata=settings, adapter_name="adapter")
+        is_empty = transformer.device.type == "meta"  # a check
+        transformer.load_lora_adapter(state, metadata=settings, adapter_name="adapter", low_cpu_mem_usage=is_empty)
     loaded = [name for name, _ in transformer.named_parameters() if ".adapter." in name]
     require(len(loaded) == len(state), f"--training_adapter {cfg.training_adapter} does not fit this model")
 
@@ -2354,11 +2359,9 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
         return torch.optim.AdamW(parameters, **common, fused=PartialState().device.type == "cuda" or None)
     from prodigyopt import Prodigy
 
+    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
     with contextlib.redirect_stdout(None):  # it prints a message
-        return Prodigy(
-            parameters, **common, beta3=cfg.prodigy_beta3, decouple=cfg.prodigy_decouple,
-            use_bias_correction=cfg.prodigy_use_bias_correction, safeguard_warmup=cfg.prodigy_safeguard_warmup,
-        )  # fmt: skip
+        return Prodigy(parameters, **common, **{name: getattr(cfg, f"prodigy_{name}") for name in names})
 
 
 def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
@@ -2394,10 +2397,9 @@ def make_learning_rate(cfg: Config, schedule: Schedule) -> Callable[[int], float
     """Make the learning rate a function of the optimizer step, using diffusers' schedules."""
     peak = cfg.learning_rate * (schedule.total_batch if cfg.scale_lr else 1)
     placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
-    scheduler = get_scheduler(
-        cfg.lr_scheduler, placeholder, cfg.lr_step_rules, num_warmup_steps=cfg.lr_warmup_steps,
-        num_training_steps=schedule.max_train_steps, num_cycles=cfg.lr_num_cycles, power=cfg.lr_power,
-    )  # fmt: skip
+    steps = {"num_warmup_steps": cfg.lr_warmup_steps, "num_training_steps": schedule.max_train_steps}
+    shape = {"num_cycles": cfg.lr_num_cycles, "power": cfg.lr_power}
+    scheduler = get_scheduler(cfg.lr_scheduler, placeholder, cfg.lr_step_rules, **steps, **shape)
     return lambda step: peak * scheduler.lr_lambdas[0](step)
 
 
@@ -2419,12 +2421,12 @@ def is_finite(run: Run, metrics: dict[str, float], seen: list[tuple[Any, ...]], 
 PRODIGY_COUNTS = ("k", "d", "d_max", "d_numerator", "d_denom", "d_hat")  # its estimates, not its settings
 
 
-def save_lora(run: Run, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+def save_lora(run: Run, state: dict[str, Tensor], file: Path, **metadata: str) -> dict[str, Tensor]:
     """Write the LoRA in its final form, from the main process; return the saved tensors."""
     cfg, dtype = run.cfg, torch.float32 if run.cfg.upcast_before_saving else DTYPES[run.cfg.mixed_precision]
     exported = export_lora(state, cfg.lora_scale, dtype)
     if run.accelerator.is_main_process:
-        write_tensors(file, exported, lora_metadata(cfg, run.plan.samples))
+        write_tensors(file, exported, lora_metadata(cfg, run.plan.samples) | metadata)
     return exported
 
 
@@ -2500,11 +2502,11 @@ def resume(run: Run) -> None:
             is_known = is_damaged or run.cfg.resume_from_checkpoint not in (None, "latest")
             require(is_known, f"another run has just saved {later}; start again with --resume_from_checkpoint latest")
             say(f"{later} is {'damaged' if is_damaged else 'superseded'}; renamed to {set_aside(later).name}")
-        files = output.glob(f"{STEPS}/gain.json")
-        gains = [(read_json_object(f"{one}", one).get("held-out", {}).get("gain", 0), one) for one in files]
-        later = [one for _, one in gains if int(one.parent.name[5:]) > step]
-        for one in [*later, *[output / BEST_FILE] * (max(gains, default=(0, 0))[1] in later)]:
-            one.unlink(missing_ok=True)
+        files = [folder / name for folder in output.glob(STEPS) for name in ("gain.json", "sheet.png")]
+        later = [file for file in files if int(file.parent.name[5:]) > step]
+        is_later = int((read_sealed(output / BEST_FILE) or {}).get("step", 0)) > step
+        for file in [*later, *[output / BEST_FILE] * is_later]:
+            file.unlink(missing_ok=True)
         file = output / "metrics.jsonl"  # keep the steps that are done; drop an incomplete last line
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         steps = [re.match(rb'\{"step": (\d+), .*\}\n$', line) for line in lines]
@@ -2570,8 +2572,8 @@ def png_bytes(image: Image.Image, prompt: str = "") -> bytes:
 def generated_images(folder: Path) -> list[tuple[str, Path]]:
     """List the images of a validation, each with the prompt that it carries."""
     images = []
-    for file in sorted(folder.glob("[0-9]*-[0-9]*.png")):
-        with contextlib.suppress(OSError, KeyError), Image.open(file) as image:  # of other programs
+    for file in filter(Path.is_file, sorted(folder.glob("[0-9]*-[0-9]*.png"))):
+        with contextlib.suppress(Exception), Image.open(file) as image:  # damaged, or of other programs
             images.append((str(image.info["prompt"]), file))
     return images
 
@@ -2628,8 +2630,7 @@ def measure_losses(run: Run, sample: Sample, level: float) -> tuple[float, float
         velocity = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
     with strengths(run.transformer, adapter=0, default=0):
         base = predict_velocity(run.transformer, noisy_latents, sigmas, prompt_embeds)
-    target, weights = noise - latents, sigmas.new_ones(1)
-    return tuple(flow_matching_loss(each, target, weights).item() for each in (velocity, base))
+    return tuple(flow_matching_loss(each, noise - latents, sigmas.new_ones(1)).item() for each in (velocity, base))
 
 
 def gain_of(rows: Iterable[tuple[Any, ...]]) -> float:
@@ -2663,10 +2664,9 @@ def measure_gain(run: Run, step: int) -> None:
         values = {f"gain/{kind}": gain_of(mine)} | {f"gain/{kind}/{level}": bands[level] for level in LEVELS}
         run.accelerator.log(values, step=step)
     file, lora = validation_folder(run.cfg, step) / "gain.json", lora_state_dict(run.transformer)
-    earlier = [read_json_object(f"{path}", path) for path in Path(run.cfg.output_dir).glob(f"{STEPS}/gain.json")]
-    best = max((row["held-out"]["gain"] for row in earlier if "held-out" in row and row["step"] < step), default=0)
-    if run.plan.held_out and gains["held-out"]["gain"] > best:
-        save_lora(run, lora, Path(run.cfg.output_dir) / BEST_FILE)
+    best, gain = Path(run.cfg.output_dir) / BEST_FILE, gains.get("held-out", {"gain": 0})["gain"]
+    if gain > float((read_sealed(best) or {}).get("gain", 0)):
+        save_lora(run, lora, best, step=f"{step}", gain=f"{gain}")
     if run.accelerator.is_main_process:
         write_file(file, json.dumps(gains, indent=2).encode())
         write_report(run, {})
@@ -2723,9 +2723,7 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     cfg, output = run.cfg, Path(run.cfg.output_dir)
     file, found = output / "metrics.jsonl", collections.defaultdict(dict)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []  # none before step 1
-    steps = range(rows[-1]["step"] + 1 if rows else 1)  # a run that was left may have gone further
-    folders = [path for path in sorted(output.glob(STEPS)) if int(path.name[5:]) in steps]
-    window, kinds = 2 + len(rows) // 20, ("held-out", "training")
+    window, kinds, folders = 2 + len(rows) // 20, ("held-out", "training"), sorted(output.glob(STEPS))
     losses = {"all": "loss", **{f"noise {level}": f"loss/{level}" for level in LEVELS}, "prior": "loss/prior"}
     losses = {label: smooth(rows, name, window) for label, name in losses.items()}
     gains = [read_json_object(f"{path}", path) for path in (path / "gain.json" for path in folders) if path.exists()]
@@ -2734,11 +2732,12 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     curves += draw_curves("Gain over the base model, in percent", gains)
     curves += draw_curves("Learning rate", {"": smooth(rows, "lr", 1)})
     curves += draw_curves("Gradient norm", {"": smooth(rows, "grad_norm", 1)})
-    for prompt, image in itertools.chain.from_iterable(map(generated_images, folders)):
+    shown = [folder for folder in folders if (folder / "sheet.png").exists()]
+    for prompt, image in itertools.chain.from_iterable(map(generated_images, shown)):
         found[prompt, image.stem.split("-")[1]][image.parent] = image.relative_to(output)
-    grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in folders)]] * bool(found)
-    grid += [[prompt, *(images.get(folder, "") for folder in folders)] for (prompt, _), images in found.items()]
-    files = [(path / f"strength-{factor}.png").relative_to(output) for path in folders[-1:] for factor in STRENGTHS]
+    grid = [["prompt", *(f"after step {int(folder.name[5:])}" for folder in shown)]] * bool(found)
+    grid += [[prompt, *(images.get(folder, "") for folder in shown)] for (prompt, _), images in found.items()]
+    files = [(path / f"strength-{factor}.png").relative_to(output) for path in shown[-1:] for factor in STRENGTHS]
     sweep = [["strength", *STRENGTHS], ["", *files]] * any((output / file).exists() for file in files)
     samples = [one for one in (*run.plan.samples, *run.plan.held_out) if not one.is_prior]
     data = [[one.path.name, "{} x {}".format(*one.size), one.prompt] for one in samples]
@@ -3333,6 +3332,8 @@ def prepare_output(cfg: Config, chosen: dict[str, Any], accelerator: Accelerator
 def check_plan(cfg: Config, plan: Plan, encodings: Encodings, empty: ZImageTransformer2DModel) -> None:
     """Reject a plan that the model, machine, or checkpoint does not support, before any weights are loaded."""
     check_hardware(cfg, empty)
+    if cfg.training_adapter is not None:
+        load_training_adapter(empty, cfg)
     steps = gather_object([plan.schedule.first_step])
     require(len(set(steps)) == 1, f"--output_dir {cfg.output_dir} differs between machines; use a shared folder")
     if plan.checkpoint is not None:
