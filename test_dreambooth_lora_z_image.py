@@ -5889,6 +5889,7 @@ TOY_FOLDER = Path(os.environ.get("Z_IMAGE_TOY", HERE.parent / "shared" / "toy"))
 TOY_ATTENTION, TOY_FEED_FORWARD = "to_k,to_q,to_v,to_out.0", "w1,w2,w3"
 BASE = ["--prior_preservation=base", "--trigger_word=sks badge", "--class_prompt=circle"]
 CLASS_IMAGES = ["--prior_preservation=images", "--class_prompt=circle", "--num_class_images=64"]
+STRONG = ["--learning_rate=3e-3", "--timestep_shift=6"]
 ABLATION = {  # flags of each row; a name in `VARIANTS` also changes what has no flag
     "defaults": [],
     "learning rate 1.2e-3": ["--learning_rate=1.2e-3"],
@@ -5919,6 +5920,8 @@ ABLATION = {  # flags of each row; a name in `VARIANTS` also changes what has no
     "base model preserved": BASE,
     "base model preserved, 2e-3": [*BASE, "--learning_rate=2e-3"],
     "captioned class images, 3e-3, weight 0.3": [*CLASS_IMAGES, "--learning_rate=3e-3", "--prior_loss_weight=0.3"],
+    "base model preserved, 3e-3, weight 0.3, timestep_shift 6": [*BASE, *STRONG, "--prior_loss_weight=0.3"],
+    "captioned class images, 3e-3, weight 0.1, timestep_shift 6": [*CLASS_IMAGES, *STRONG, "--prior_loss_weight=0.1"],
 }  # fmt: skip
 
 
