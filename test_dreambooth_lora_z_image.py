@@ -3014,9 +3014,11 @@ def test_the_base_model_is_the_target_of_preservation(quantization, model, make_
 
 def test_preservation_by_the_base_model_puts_the_class_in_place_of_the_trigger(images, make_config):
     (images / "0.txt").write_text("a sks dog in a box")
+    (images / "1.txt").write_text("two [trigger]s")
     cfg = make_config(prior_preservation="base", class_prompt="dog", trigger_word="sks dog", instance_prompt="photo")
     samples = z.plan_samples(cfg)
-    assert [one.prompt for one in samples if one.is_prior] == ["a dog in a box", *["dog photo"] * 4]
+    assert [one.prompt for one in samples if one.is_prior] == ["a dog in a box", "dog", *["dog photo"] * 3]
+    (images / "1.txt").unlink()
     assert [one.digest for one in samples if one.is_prior] == [one.digest for one in samples if not one.is_prior]
     samples = z.plan_samples(dataclasses.replace(cfg, trigger_word=None))
     assert {one.prompt for one in samples if one.is_prior} == {"dog"}

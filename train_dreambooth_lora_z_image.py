@@ -930,7 +930,8 @@ def plan_samples(cfg: Config) -> list[Sample]:
             say(f"note: {match[0]} sets nothing; use --repeats {match[1]} and --instance_prompt='{match[2]}'")
     if cfg.prior_kind == "base":  # the same images, with the class in place of the trigger
         word, kind, more = cfg.trigger_word, cfg.class_prompt, {"has_caption": False, "is_prior": True, "mask": None}
-        prompts = [whole(word).sub(lambda _: kind, one.prompt) if word else kind for one in samples]
+        replaced = [whole(word).subn(lambda _: kind, one.prompt) if word else ("", 0) for one in samples]
+        prompts = [text if count else kind for text, count in replaced]
         samples += [dataclasses.replace(one, prompt=text, **more) for one, text in zip(samples, prompts)]
     samples += plan_class_images(cfg) if cfg.prior_kind == "images" else []
     return sorted(samples, key=lambda sample: (sample.is_prior, sample.path))  # the stream refers to them by index
@@ -2744,8 +2745,7 @@ def write_report(run: Run, record: dict[str, Any]) -> None:
     tables = {"Images by step": grid, "The LoRA, weaker and stronger": sweep, "Data (height x width)": data}
     tables |= {"Memory and speed": record.items(), "Settings": shareable_settings(cfg).items()}
     tables = "".join(html_table(*table) for table in tables.items())
-    title = f"Z-Image LoRA: {html.escape(output.resolve().name)}"
-    page = REPORT.format(title=title, curves=curves, tables=tables)
+    page = REPORT.format(title=f"Z-Image LoRA: {html.escape(output.resolve().name)}", curves=curves, tables=tables)
     write_file(output / "report.html", page.encode(errors="replace"))
 
 
