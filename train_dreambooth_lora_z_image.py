@@ -2360,9 +2360,9 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: Config) -> torch.optim.O
         return torch.optim.AdamW(parameters, **common, fused=PartialState().device.type == "cuda" or None)
     from prodigyopt import Prodigy
 
-    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+    names = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
     with contextlib.redirect_stdout(None):  # it prints a message
-        return Prodigy(parameters, **common, **{name: getattr(cfg, f"prodigy_{name}") for name in names})
+        return Prodigy(parameters, **common, **{name.removeprefix("prodigy_"): getattr(cfg, name) for name in names})
 
 
 def check_hardware(cfg: Config, empty: ZImageTransformer2DModel) -> None:
