@@ -2929,11 +2929,16 @@ def test_the_trigger_word_is_in_every_prompt(images, make_config):
         "รูปsksแมว": "รูปsksแมว", "猫sksの写真": "猫sksの写真", "_sks": "sks _sks", "sks-dog": "sks-dog",
     }  # fmt: skip
     assert {text: z.with_trigger(text, "sks") for text in cases} == cases
+    assert z.with_trigger("a <s+> dog", "<s+>") == "a <s+> dog"
     with pytest.raises(UserError, match=r"the prompt of .*0.png contains \[trigger\]; set --trigger_word"):
         z.plan_samples(make_config(instance_prompt="p"))
     for name in ("class_prompt", "final_validation_prompt"):
         with pytest.raises(UserError, match=rf"--{name}: \[trigger\] is replaced in captions and --instance_prompt"):
             make_config(**{name: "a [trigger]"})
+    classes = {"prior_preservation": "images", "class_data_dir": str(images), "class_prompt": "dog"}
+    (images / "0.txt").write_text("one cat")
+    prompts = {one.prompt for one in z.plan_samples(make_config(trigger_word="sks", **classes)) if one.is_prior}
+    assert {"one cat", "dog"} < prompts and "sks dog" not in prompts
 
 
 def test_a_validation_prompt_without_the_trigger_word_is_pointed_out(make_config):
@@ -5014,6 +5019,9 @@ def test_another_course_finds_its_own_best_lora(make_config, tmp_path):
     gains = gains_of(cfg)
     at = max((5, 7), key=lambda step: gains[step]["held-out"]["gain"])
     assert sorted(gains) == [0, 2, 5, 7] and z.read_sealed(best)["step"] == f"{at}"
+    z.write_tensors(best, {}, {"step": "2", "gain": "9"})
+    run(dataclasses.replace(cfg, max_train_steps=7, validation_steps=5, resume_from_checkpoint="checkpoint-2"))
+    assert z.read_sealed(best)["gain"] == "9" and gains_of(cfg)[at]["held-out"]["gain"] > 0, "it is still the best"
 
 
 def test_the_number_of_held_out_images_is_bound(make_config):
@@ -5362,6 +5370,13 @@ def test_a_training_adapter_that_cannot_be_loaded_is_named(model, make_config, t
     assert lora_bytes(cfg) == whole, "the earlier run is deleted only when the new one can start"
 
 
+def test_a_training_adapter_loads_without_warnings(workplace, model):
+    some_lora("ours", model, workplace)
+    flags = small_run(model, "--max_train_steps=1", "--training_adapter=ours.safetensors")
+    done = run_script(*flags, cwd=workplace, env={"HF_HOME": "hf"})
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+
+
 def test_a_distilled_model_is_validated_in_few_steps(model, tmp_path, capsys):
     common = ["--instance_data_dir=d", "--instance_prompt=p"]
     presets = {}
@@ -5381,9 +5396,11 @@ def test_a_run_from_a_lora_resumes_exactly(model, make_config, tmp_path):
     cfg = make_config(init_lora=str(some_lora("ours", model, tmp_path)), max_train_steps=2, checkpointing_steps=1)
     run(cfg)
     whole = lora_bytes(cfg)
-    with pytest.raises(UserError, match=r"--init_lora None \(was given\)") as error:
+    with pytest.raises(UserError, match=r"--init_lora None \(was given\)"):
         run(dataclasses.replace(cfg, init_lora=None, resume_from_checkpoint="checkpoint-1"))
-    assert len(str(error.value)) < 800, "long values are cut off"
+    plan = z.make_plan(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
+    with pytest.raises(UserError, match=r" --seed x{80} \(was 0\)\. Restore"):
+        z.check_continuity(cfg, plan.checkpoint, {"--seed": 500 * "x"})
     run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
     assert lora_bytes(cfg) == whole
 
