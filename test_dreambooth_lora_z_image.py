@@ -2943,12 +2943,12 @@ def test_the_trigger_word_is_in_every_prompt(images, make_config):
 
 def test_a_validation_prompt_without_the_trigger_word_is_pointed_out(make_config):
     words = "no --validation_prompt contains the --trigger_word sks, which is put into training prompts only"
-    for prompts, is_told in ((("a dog", "a cat"), True), ("a dog", True), (("a dog", "sks"), False), (None, False)):
+    for prompts, is_told in ((("a dog", "a cat"), True), ("skses", True), (("a dog", "sks"), False), (None, False)):
         assert (words in z.advice(make_config(trigger_word="sks", validation_prompt=prompts))) == is_told
     assert not any("trigger" in line for line in z.advice(make_config(validation_prompt=("a dog",))))
 
 
-def test_one_validation_prompt_needs_no_tuple(make_config, tmp_path):
+def test_one_validation_prompt_needs_no_tuple(make_config):
     """As in a notebook; it is one prompt, not one for each letter."""
     assert make_config(validation_prompt="a dog").validation_prompt == ("a dog",)
 
@@ -4803,7 +4803,7 @@ def gains_of(cfg):
 def test_the_gain_is_measured_on_held_out_and_on_training_images(cache_latents, images, make_config, tmp_path, capsys):
     cfg = make_config(
         holdout=2, max_train_steps=8, validation_steps=3, learning_rate=0.01, cache_latents=cache_latents,
-        validation_prompt=("a",), gradient_accumulation_steps=2,
+        validation_prompt=("a",), gradient_accumulation_steps=2, checkpointing_steps=1,
     )  # fmt: skip
     run(cfg)
     gains = gains_of(cfg)
@@ -4816,10 +4816,9 @@ def test_the_gain_is_measured_on_held_out_and_on_training_images(cache_latents, 
     assert len(shown) == 1 and shown[0].split()[3] == "3", "two of five images are not trained"
     best = max((row["held-out"]["gain"], -step) for step, row in gains.items())
     file = tmp_path / "out" / z.BEST_FILE
-    assert file.exists() == (best[0] > 0)
-    if best[1] == -8:
-        saved, final = load_file(file), load_file(tmp_path / "out" / z.LORA_FILE)
-        assert saved.keys() == final.keys() and all(torch.equal(saved[name], final[name]) for name in final)
+    assert best[0] > 0
+    saved, then = load_file(file), load_file(tmp_path / "out" / f"checkpoint-{-best[1]}" / z.LORA_FILE)
+    assert saved.keys() == then.keys() and all(torch.equal(saved[name], then[name]) for name in then)
 
 
 def test_the_measured_gain_is_that_of_the_losses(model, images, make_config, tmp_path):
@@ -5013,7 +5012,7 @@ def test_another_course_finds_its_own_best_lora(make_config, tmp_path):
     run(cfg)
     best, gains = tmp_path / "out" / z.BEST_FILE, gains_of(cfg)
     at = max(gains, key=lambda step: gains[step]["held-out"]["gain"])
-    assert z.read_sealed(best)["step"] == f"{at}" and float(z.read_sealed(best)["gain"]) > 0 < at
+    assert z.read_sealed(best)["step"] == f"{at}" and float(z.read_sealed(best)["gain"]) > 0
     z.write_tensors(best, {}, {"step": "6", "gain": "9"})
     run(dataclasses.replace(cfg, max_train_steps=7, validation_steps=5, resume_from_checkpoint="checkpoint-2"))
     gains = gains_of(cfg)
@@ -5399,7 +5398,7 @@ def test_a_run_from_a_lora_resumes_exactly(model, make_config, tmp_path):
     with pytest.raises(UserError, match=r"--init_lora None \(was given\)"):
         run(dataclasses.replace(cfg, init_lora=None, resume_from_checkpoint="checkpoint-1"))
     plan = z.make_plan(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
-    with pytest.raises(UserError, match=r" --seed x{80} \(was 0\)\. Restore"):
+    with pytest.raises(UserError, match=r" --seed x{200} \(was 0\)\. Restore"):
         z.check_continuity(cfg, plan.checkpoint, {"--seed": 500 * "x"})
     run(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint-1"))
     assert lora_bytes(cfg) == whole
@@ -5908,6 +5907,7 @@ TOY_FOLDER = Path(os.environ.get("Z_IMAGE_TOY", HERE.parent / "shared" / "toy"))
 TOY_ATTENTION, TOY_FEED_FORWARD = "to_k,to_q,to_v,to_out.0", "w1,w2,w3"
 BASE = ["--prior_preservation=base", "--trigger_word=sks badge", "--class_prompt=circle"]
 CLASS_IMAGES = ["--prior_preservation=images", "--class_prompt=circle", "--num_class_images=64"]
+SEEDS = int(os.environ.get("Z_IMAGE_SEEDS", "3"))
 STRONG = ["--learning_rate=3e-3", "--timestep_shift=6"]
 ABLATION = {  # flags of each row; a name in `VARIANTS` also changes what has no flag
     "defaults": [],
@@ -6069,11 +6069,11 @@ def toy_row(job):
 @pytest.mark.ablation
 @pytest.mark.skipif(not TOY_FOLDER.is_dir(), reason="needs the toy in ../shared/toy, or in Z_IMAGE_TOY")
 def test_ablation(tmp_path):
-    """Train with every row of `ABLATION` and three seeds; print the README's table: mean (smallest to largest)."""
+    """Train with every row of `ABLATION` and several seeds; print the README's table: mean (smallest to largest)."""
     from concurrent.futures import ThreadPoolExecutor
 
     write_toy_images(tmp_path)
-    jobs, found = [(tmp_path, name, seed) for seed in range(3) for name in ABLATION], collections.defaultdict(list)
+    jobs, found = [(tmp_path, name, seed) for seed in range(SEEDS) for name in ABLATION], collections.defaultdict(list)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, figures in pool.map(toy_row, jobs):
             found[name].append(figures)
@@ -6084,7 +6084,7 @@ def test_ablation(tmp_path):
         values = ([row[column] for row in rows] for column in columns)
         cells = [f"{sum(row) / len(row):.4f} ({min(row):.4f} to {max(row):.4f})" for row in values]
         print(f"| {name} | {' | '.join(cells)} |")
-    assert {len(rows) for rows in found.values()} == {3}
+    assert {len(rows) for rows in found.values()} == {SEEDS}
 
 
 # =====================================================================================================================

@@ -122,6 +122,12 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def whole(word: str) -> re.Pattern[str]:
+    """Match a word, but not in a longer one; Chinese, Japanese, and Thai are written without spaces."""
+    letter = r"[^\W\u0e00-\u0eff\u2e80-\ufaff]"
+    return re.compile(f"(?<!{letter}){re.escape(word)}(?!{letter})")
+
+
 def say(*lines: str, everywhere: bool = False) -> None:
     """Print lines from the first process (or from all), without breaking a progress bar."""
     for line in lines if everywhere or os.environ.get("RANK", "0") == "0" else ():
@@ -607,7 +613,7 @@ def demo_settings(output_dir: str) -> dict[str, Any]:
 
 def advice(cfg: Config) -> Iterator[str]:
     """Yield a line for every setting that has no effect or an unexpected one."""
-    launcher, word = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), cfg.trigger_word or ""
+    launcher, word = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), cfg.trigger_word
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank", "fsdp_text_encoder"):
         if getattr(cfg, name) != getattr(Config, name):
             yield f"--{name} is accepted for compatibility and has no effect"
@@ -633,7 +639,7 @@ def advice(cfg: Config) -> Iterator[str]:
         yield f"--learning_rate {cfg.learning_rate} is low for Prodigy, which multiplies it by its estimate; use 1.0"
     if cfg.prior_kind is None and (cfg.class_data_dir, cfg.class_prompt) != (None, None):
         yield "--class_data_dir and --class_prompt have no effect without --prior_preservation"
-    if word not in " ".join(cfg.validation_prompt or [word]):
+    if word is not None and not any(map(whole(word).search, cfg.validation_prompt or [word])):
         yield f"no --validation_prompt contains the --trigger_word {word}, which is put into training prompts only"
     if cfg.validation_prompt is not None and cfg.final_validation_prompt is not None:
         yield "--final_validation_prompt has no effect with --validation_prompt"
@@ -863,17 +869,10 @@ def describe_ignored(files: list[Path]) -> list[str]:
     return [f"ignored: {shown}" + f" ({'; '.join(hints)})" * bool(hints)] * bool(names)
 
 
-def whole(word: str) -> re.Pattern[str]:
-    """Match a word, but not in a longer one; Chinese, Japanese, and Thai are written without spaces."""
-    letter = r"[^\W\u0e00-\u0eff\u2e80-\ufaff]"
-    return re.compile(f"(?<!{letter}){re.escape(word)}(?!{letter})")
-
-
-def with_trigger(text: str, word: str | None) -> str:
+def with_trigger(text: str, word: str) -> str:
     """Put the trigger word in place of [trigger], or before a text that lacks it."""
-    if word is None or "[trigger]" in text:
-        return text.replace("[trigger]", word or "[trigger]")
-    return text if whole(word).search(text) else f"{word} {text}".strip()
+    replaced = text.replace("[trigger]", word)
+    return replaced if replaced != text or whole(word).search(text) else f"{word} {text}".strip()
 
 
 def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -> list[Sample]:
@@ -902,7 +901,7 @@ def scan_images(folder: Path, prompt: str | None, is_prior: bool, cfg: Config) -
         text = prompt if caption is None else caption
         column = ", or select the captions with --caption_column" * (cfg.dataset_name is not None)
         require(text is not None, f"--instance_prompt is required: {path} has no caption{column}")
-        text = text if is_prior else with_trigger(text, cfg.trigger_word)
+        text = text if is_prior or cfg.trigger_word is None else with_trigger(text, cfg.trigger_word)
         require("[trigger]" not in text, f"the prompt of {path} contains [trigger]; set --trigger_word, or remove it")
         mask = find_mask(path, size) if cfg.masked_loss and not is_prior else None
         skipped += [f"note: {path} has no mask"] * (cfg.masked_loss and not is_prior and mask is None)
@@ -1358,7 +1357,7 @@ def check_continuity(cfg: Config, checkpoint: Checkpoint, binding: dict[str, Any
     """Reject data or settings that differ from the checkpoint's, unless `--resume_anyway` allows it."""
     old = checkpoint.state["binding"]
     pairs = {name: (now, old.get(name)) for name, now in binding.items() if now != old.get(name)}
-    changed = {name: f"{name} {now!s:.80} (was {before!s:.80})" for name, (now, before) in pairs.items()}
+    changed = {name: f"{name} {now!s:.200} (was {before!s:.200})" for name, (now, before) in pairs.items()}
     if "images" in changed:
         names = sorted({line[65:] for line in set(binding["images"]) ^ set(old["images"])})
         changed["images"] = f"images, captions: {', '.join(names[:10]) or 'other order'}{', ...' * (len(names) > 10)}"
@@ -2067,7 +2066,7 @@ def load_training_adapter(transformer: ZImageTransformer2DModel, cfg: Config) ->
     place, name = (str(file.parent), file.name) if file.is_file() else (cfg.training_adapter, None)
     with explained(f"--training_adapter {cfg.training_adapter} cannot be loaded"):
         state, settings = ZImagePipeline.lora_state_dict(place, weight_name=name, return_lora_metadata=True)
-        is_empty = transformer.device.type == "meta"  # a check
+        is_empty = transformer.device.type == "meta"  # then only checked; copying would warn
         transformer.load_lora_adapter(state, metadata=settings, adapter_name="adapter", low_cpu_mem_usage=is_empty)
     loaded = [name for name, _ in transformer.named_parameters() if ".adapter." in name]
     require(len(loaded) == len(state), f"--training_adapter {cfg.training_adapter} does not fit this model")
